@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+# Warnings, sanitizers and floating-point rules shared by every target of ours, as one interface library.
+add_library(msa_compile_options INTERFACE)
+target_compile_options(
+  msa_compile_options
+  INTERFACE -Wall
+            -Wextra
+            $<$<BOOL:${MSA_WERROR}>:-Werror>
+            # A compiler that fuses a*b+c where it likes would round the same row differently in different loops.
+            -ffp-contract=off)
+if(MSA_SANITIZE)
+  target_compile_options(msa_compile_options INTERFACE -fsanitize=${MSA_SANITIZE} -fno-omit-frame-pointer
+                                                       -fno-sanitize-recover=all)
+  target_link_options(msa_compile_options INTERFACE -fsanitize=${MSA_SANITIZE})
+endif()
