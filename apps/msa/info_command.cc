@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// `msa info`: what this build can do on this machine, and which path a shape takes. Tested in tests/integration/test_cli.py.
+#include <fmt/format.h>
+
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+
+#include "apps/msa/commands.h"
+#include "msa/error.h"
+#include "msa/msa.h"
+
+namespace msa::app {
+namespace {
+
+struct InfoOptions {
+  bool json = false;
+  std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, value_dim = 0, index_dim = 0, block_size = 128, topk = 16;
+};
+
+void check_multiple(const char* name, std::int64_t value) {
+  if (value < kHeadDimMultiple || value > kMaxHeadDim || value % kHeadDimMultiple != 0) {
+    throw Error(fmt::format("--{}: {} must be a multiple of {} from {} to {}", name, value, kHeadDimMultiple,
+                            kHeadDimMultiple, kMaxHeadDim));
+  }
+}
+
+void check_shape(const InfoOptions& o) {
+  check_multiple("head-dim", o.head_dim);
+  check_multiple("value-dim", o.value_dim);
+  check_multiple("index-dim", o.index_dim);
+  if (o.kv_heads < 1 || o.query_heads < 1 || o.query_heads % o.kv_heads != 0) {
+    throw Error(fmt::format("--query-heads: {} must be a positive multiple of --kv-heads {}", o.query_heads, o.kv_heads));
+  }
+  const bool power_of_two = o.block_size > 0 && (o.block_size & (o.block_size - 1)) == 0;
+  if (!power_of_two || o.block_size < kMinBlockSize || o.block_size > kMaxBlockSize) {
+    throw Error(fmt::format("--block-size: {} must be a power of two from {} to {}", o.block_size, kMinBlockSize,
+                            kMaxBlockSize));
+  }
+  if (o.topk < 1 || o.topk > kMaxTopk) throw Error(fmt::format("--topk: {} must be from 1 to {}", o.topk, kMaxTopk));
+}
+
+void print_info(InfoOptions o) {
+  if (o.value_dim == 0) o.value_dim = o.head_dim;
+  if (o.index_dim == 0) o.index_dim = o.head_dim;
+  check_shape(o);
+  const std::string active = active_instruction_set();
+  nlohmann::ordered_json info;
+  info["version"] = version();
+  info["backends"]["cpu"] = {{"available", true},
+                             {"instruction_sets", supported_instruction_sets()},
+                             {"active_instruction_set", active}};
+  info["backends"]["reference"] = {{"available", true}, {"arithmetic", "scalar float64"}};
+  info["backends"]["cuda"] = {{"available", false}, {"why", "built without CUDA"}};
+  info["threads"] = std::thread::hardware_concurrency();
+  info["dtypes"] = {"float32", "bfloat16", "float16"};
+  info["limits"] = {{"block_size", {kMinBlockSize, kMaxBlockSize}},
+                    {"topk", {1, kMaxTopk}},
+                    {"head_dim", {kHeadDimMultiple, kMaxHeadDim}}};
+  // The CPU kernels load every storage type as float and take every geometry on one path; there is nothing slower to
+  // fall back to.
+  const std::string cpu_path = "cpu/" + active;
+  info["shape"] = {{"query_heads", o.query_heads}, {"kv_heads", o.kv_heads},   {"head_dim", o.head_dim},
+                   {"value_dim", o.value_dim},     {"index_dim", o.index_dim}, {"block_size", o.block_size},
+                   {"topk", o.topk}};
+  for (const char* op : {"select_blocks", "sparse_attention", "sparse_attention_backward", "dense_attention",
+                         "dense_attention_backward", "index_kl", "index_kl_backward", "selection_recall"}) {
+    info["paths"][op] = cpu_path;
+  }
+  info["screening"] = "not in this version: MSA_SCREEN is accepted, both settings take the exact path";
+
+  if (o.json) {
+    fmt::print("{}\n", info.dump(2));
+    return;
+  }
+  std::string sets;
+  for (const std::string& name : supported_instruction_sets()) sets += (sets.empty() ? "" : ", ") + name;
+  fmt::print("msa {}\n\n", version());
+  fmt::print("  backend cpu        instruction set {} (of {}; override: MSA_ISA)\n", active, sets);
+  fmt::print("  backend reference  scalar float64, the executable specification\n");
+  fmt::print("  backend cuda       not in this build\n");
+  fmt::print("  threads            {}\n", std::thread::hardware_concurrency());
+  fmt::print("  storage types      float32, bfloat16, float16; float32 accumulation\n");
+  fmt::print("  geometry           block size {}..{} (powers of two), topk 1..{}, head dimensions {}..{} by {}\n",
+             kMinBlockSize, kMaxBlockSize, kMaxTopk, kHeadDimMultiple, kMaxHeadDim, kHeadDimMultiple);
+  fmt::print("\nPath of {} query / {} kv heads, head dim {}, value dim {}, index dim {}, block size {}, topk {}:\n",
+             o.query_heads, o.kv_heads, o.head_dim, o.value_dim, o.index_dim, o.block_size, o.topk);
+  for (const auto& [op, path] : info["paths"].items()) fmt::print("  {:<26} {}\n", op, path.get<std::string>());
+}
+
+}  // namespace
+
+void add_info_command(CLI::App& app) {
+  auto options = std::make_shared<InfoOptions>();
+  CLI::App* command = app.add_subcommand("info", "backends, instruction sets, threads, and the path a shape takes");
+  command->add_flag("--json", options->json, "print JSON");
+  command->add_option("--query-heads", options->query_heads, "query heads")->capture_default_str();
+  command->add_option("--kv-heads", options->kv_heads, "key/value heads")->capture_default_str();
+  command->add_option("--head-dim", options->head_dim, "dimension of q and k")->capture_default_str();
+  command->add_option("--value-dim", options->value_dim, "dimension of v (default: head dim)");
+  command->add_option("--index-dim", options->index_dim, "dimension of the index branch (default: head dim)");
+  command->add_option("--block-size", options->block_size, "tokens a block")->capture_default_str();
+  command->add_option("--topk", options->topk, "blocks a query")->capture_default_str();
+  command->callback([options] { print_info(*options); });
+}
+
+}  // namespace msa::app
