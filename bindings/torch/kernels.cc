@@ -1,0 +1,840 @@
+// SPDX-License-Identifier: Apache-2.0
+// Schemas of the torch operators and their CPU and Meta kernels. A Meta kernel checks ranks and dtypes and makes the
+// outputs; the CPU kernel does the same, then turns tensors into views and calls the library, which checks everything
+// else. Autograd is in autograd.cc. Tested in tests/python/test_ops*.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/torch/ops.h"
+#include "msa/msa.h"
+
+namespace msa::torch_ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+using TensorPair = std::tuple<Tensor, Tensor>;
+using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
+
+// ---- Checks that come before a view can be made ----
+
+std::string describe_tensor(const Tensor& tensor) {
+  std::string text = c10::getDtypeNames(tensor.scalar_type()).first;
+  text += '[';
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+    if (d > 0) text += ", ";
+    const c10::SymInt size = tensor.sym_size(d);
+    text += size.is_heap_allocated() ? std::string("?") : std::to_string(size.expect_int());
+  }
+  return text + ']';
+}
+
+void check_rank(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+  TORCH_CHECK(tensor.defined(), op, ": ", name, ": must be a tensor");
+  TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, ": ", describe_tensor(tensor), " has layout ",
+              tensor.layout(), "; it must be strided");
+  TORCH_CHECK(tensor.dim() == rank, op, ": ", name, ": ", describe_tensor(tensor), " must have rank ", rank);
+}
+
+void check_float(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+  check_rank(op, name, tensor, rank);
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op, ": ", name, ": ",
+              describe_tensor(tensor), " must be float32, bfloat16 or float16");
+}
+
+void check_int32(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+  check_rank(op, name, tensor, rank);
+  TORCH_CHECK(tensor.scalar_type() == at::kInt, op, ": ", name, ": ", describe_tensor(tensor), " must be int32");
+}
+
+void check_packed(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                  const OptionalTensor& query_positions) {
+  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
+  check_int32(op, "cu_seqlens_k", cu_seqlens_k, 1);
+  if (query_positions) check_int32(op, "query_positions", *query_positions, 1);
+}
+
+void check_paged(const char* op, const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+                 const OptionalTensor& query_positions) {
+  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
+  check_int32(op, "page_table", page_table, 2);
+  check_int32(op, "seqlens_k", seqlens_k, 1);
+  if (query_positions) check_int32(op, "query_positions", *query_positions, 1);
+}
+
+void check_topk(const char* op, std::int64_t topk) {  // before the output is allocated
+  TORCH_CHECK(topk >= 1 && topk <= kMaxTopk, op, ": topk: ", topk, " must be from 1 to ", kMaxTopk);
+}
+
+// ---- From tensors to views ----
+
+DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return DType::kInt32;  // the checks above leave nothing else
+  }
+}
+
+template <class View>
+View make_tensor_view(const Tensor& tensor) {
+  View view;
+  view.dtype = to_dtype(tensor.scalar_type());
+  view.rank = static_cast<int>(tensor.dim());
+  for (int d = 0; d < view.rank; ++d) {
+    view.shape[static_cast<std::size_t>(d)] = tensor.size(d);
+    view.strides[static_cast<std::size_t>(d)] = tensor.stride(d);
+  }
+  return view;
+}
+
+/// A contiguous tensor made by this file.
+TensorView output_view(const Tensor& tensor) {
+  auto view = make_tensor_view<TensorView>(tensor);
+  view.data = static_cast<std::byte*>(tensor.mutable_data_ptr());
+  return view;
+}
+
+/// Makes the views of one call; tensors copied on the way (a last dimension that is not contiguous) live as long as it.
+class Inputs {
+ public:
+  explicit Inputs(const char* op) : op_(op) {}
+
+  ConstTensorView view(const char* name, const Tensor& tensor) {
+    check_device(name, tensor);
+    const bool rows_contiguous = tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+    const Tensor& kept = keep(rows_contiguous ? tensor : tensor.contiguous());
+    auto view = make_tensor_view<ConstTensorView>(kept);
+    view.data = static_cast<const std::byte*>(kept.const_data_ptr());
+    return view;
+  }
+
+  ConstTensorView view(const char* name, const OptionalTensor& tensor) {
+    return tensor && tensor->defined() ? view(name, *tensor) : ConstTensorView();
+  }
+
+  Batch packed(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const OptionalTensor& query_positions) {
+    Batch batch = Batch::packed(span("cu_seqlens_q", cu_seqlens_q), span("cu_seqlens_k", cu_seqlens_k));
+    set_positions(batch, query_positions);
+    return batch;
+  }
+
+  Batch paged(const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+              const OptionalTensor& query_positions) {
+    Batch batch = Batch::paged(span("cu_seqlens_q", cu_seqlens_q), span("page_table", page_table), page_table.size(1),
+                               span("seqlens_k", seqlens_k));
+    // The library sees the table as one span, in which [2, 3] and [3, 2] look alike.
+    TORCH_CHECK(page_table.size(0) == batch.sequences(), op_, ": page_table: ", describe_tensor(page_table), " has ",
+                page_table.size(0), " rows; cu_seqlens_q has ", batch.sequences(), " sequences");
+    set_positions(batch, query_positions);
+    return batch;
+  }
+
+ private:
+  void check_device(const char* name, const Tensor& tensor) const {
+    TORCH_CHECK(tensor.device().is_cpu(), op_, ": ", name, ": is on ", tensor.device(),
+                "; all tensors must be on the cpu");
+  }
+
+  std::span<const std::int32_t> span(const char* name, const Tensor& tensor) {
+    check_device(name, tensor);
+    const Tensor& kept = keep(tensor.contiguous());
+    return {kept.const_data_ptr<std::int32_t>(), static_cast<std::size_t>(kept.numel())};
+  }
+
+  void set_positions(Batch& batch, const OptionalTensor& query_positions) {
+    if (!query_positions) return;
+    batch.query_positions = span("query_positions", *query_positions);
+    // Padding rows have entries too; the library wants those of the real rows only. It checks cu_seqlens_q itself.
+    if (batch.cu_seqlens_q.empty() || batch.cu_seqlens_q.back() < 0) return;
+    const auto real_rows = static_cast<std::size_t>(batch.cu_seqlens_q.back());
+    if (real_rows < batch.query_positions.size()) batch.query_positions = batch.query_positions.first(real_rows);
+  }
+
+  const Tensor& keep(Tensor tensor) { return *kept_.insert(kept_.end(), std::move(tensor)); }
+
+  const char* op_;
+  std::vector<Tensor> kept_;
+};
+
+Context make_context() {
+  Context context;
+  context.threads = at::get_num_threads();
+  if (const char* backend = std::getenv("MSA_BACKEND"); backend != nullptr && *backend != '\0') {
+    context.backend = parse_backend(backend);
+  }
+  return context;
+}
+
+/// The library's messages read "op: argument: problem", with the names of the packed form: puts in those of `op`.
+std::string rename_message(const std::string& op, const std::string& message) {
+  const std::size_t op_end = message.find(": ");
+  const std::size_t argument_end = op_end == std::string::npos ? op_end : message.find(": ", op_end + 2);
+  if (argument_end == std::string::npos) return op + ": " + message;
+  std::string argument = message.substr(op_end + 2, argument_end - op_end - 2);
+  const bool paged = op.size() > 6 && op.compare(op.size() - 6, 6, "_paged") == 0;
+  if (paged && (argument == "k" || argument == "v" || argument == "k_idx")) argument += "_pages";
+  return op + ": " + argument + message.substr(argument_end);
+}
+
+/// Calls the library; its exceptions become c10::Error, which Python shows as RuntimeError.
+template <class Body>
+decltype(auto) call_library(const char* op, Body&& body) {
+  try {
+    return body(make_context());
+  } catch (const Error& error) {
+    TORCH_CHECK(false, rename_message(op, error.what()));
+  }
+}
+
+// ---- select_blocks ----
+
+Tensor make_blocks(const Tensor& q, const c10::SymInt& kv_heads, std::int64_t topk) {
+  return at::empty_symint({kv_heads, q.sym_size(0), c10::SymInt(topk)}, q.options().dtype(at::kInt));
+}
+
+Tensor select_blocks_meta(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
+                          const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t, std::int64_t,
+                          const OptionalTensor& query_positions) {
+  constexpr const char* op = "select_blocks";
+  check_float(op, "q_idx", q_idx, 3);
+  check_float(op, "k_idx", k_idx, 2);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  check_topk(op, topk);
+  return make_blocks(q_idx, q_idx.sym_size(1), topk);
+}
+
+Tensor select_blocks_paged_meta(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
+                                const Tensor& page_table, const Tensor& seqlens_k, std::int64_t, std::int64_t topk,
+                                std::int64_t, std::int64_t, const OptionalTensor& query_positions) {
+  constexpr const char* op = "select_blocks_paged";
+  check_float(op, "q_idx", q_idx, 3);
+  check_float(op, "k_idx_pages", k_idx_pages, 3);
+  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
+  check_topk(op, topk);
+  return make_blocks(q_idx, q_idx.sym_size(1), topk);
+}
+
+void fill_blocks(const char* op, Inputs& inputs, const char* k_idx_name, const Tensor& q_idx, const Tensor& k_idx,
+                 const Batch& batch, std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
+                 std::int64_t init_blocks, const Tensor& blocks) {
+  SelectBlocksParams params;
+  params.q_idx = inputs.view("q_idx", q_idx);
+  params.k_idx = inputs.view(k_idx_name, k_idx);
+  params.batch = batch;
+  params.block_size = block_size;
+  params.topk = topk;
+  params.local_blocks = local_blocks;
+  params.init_blocks = init_blocks;
+  call_library(op, [&](const Context& context) { msa::select_blocks(context, params, output_view(blocks)); });
+}
+
+Tensor select_blocks_cpu(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
+                         const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
+                         std::int64_t local_blocks, std::int64_t init_blocks, const OptionalTensor& query_positions) {
+  const Tensor blocks = select_blocks_meta(q_idx, k_idx, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
+                                           init_blocks, query_positions);
+  Inputs inputs("select_blocks");
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  fill_blocks("select_blocks", inputs, "k_idx", q_idx, k_idx, batch, block_size, topk, local_blocks, init_blocks,
+              blocks);
+  return blocks;
+}
+
+Tensor select_blocks_paged_cpu(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
+                               const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
+                               std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
+                               const OptionalTensor& query_positions) {
+  const Tensor blocks = select_blocks_paged_meta(q_idx, k_idx_pages, cu_seqlens_q, page_table, seqlens_k, block_size,
+                                                 topk, local_blocks, init_blocks, query_positions);
+  Inputs inputs("select_blocks_paged");
+  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
+  fill_blocks("select_blocks_paged", inputs, "k_idx_pages", q_idx, k_idx_pages, batch, block_size, topk, local_blocks,
+              init_blocks, blocks);
+  return blocks;
+}
+
+// ---- select_blocks_oracle ----
+
+Tensor select_blocks_oracle_meta(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+                                 const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t, std::int64_t,
+                                 std::optional<double>, const OptionalTensor& query_positions) {
+  constexpr const char* op = "select_blocks_oracle";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  check_topk(op, topk);
+  return make_blocks(q, k.sym_size(1), topk);
+}
+
+Tensor select_blocks_oracle_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
+                                       const Tensor& page_table, const Tensor& seqlens_k, std::int64_t,
+                                       std::int64_t topk, std::int64_t, std::int64_t, std::optional<double>,
+                                       const OptionalTensor& query_positions) {
+  constexpr const char* op = "select_blocks_oracle_paged";
+  check_float(op, "q", q, 3);
+  check_float(op, "k_pages", k_pages, 4);
+  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
+  check_topk(op, topk);
+  return make_blocks(q, k_pages.sym_size(2), topk);
+}
+
+void fill_oracle_blocks(const char* op, Inputs& inputs, const char* k_name, const Tensor& q, const Tensor& k,
+                        const Batch& batch, std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
+                        std::int64_t init_blocks, std::optional<double> scale, const Tensor& blocks) {
+  OracleBlocksParams params;
+  params.q = inputs.view("q", q);
+  params.k = inputs.view(k_name, k);
+  params.batch = batch;
+  params.block_size = block_size;
+  params.topk = topk;
+  params.local_blocks = local_blocks;
+  params.init_blocks = init_blocks;
+  params.scale = scale;
+  call_library(op, [&](const Context& context) { msa::select_blocks_oracle(context, params, output_view(blocks)); });
+}
+
+Tensor select_blocks_oracle_cpu(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+                                const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
+                                std::int64_t local_blocks, std::int64_t init_blocks, std::optional<double> scale,
+                                const OptionalTensor& query_positions) {
+  const Tensor blocks = select_blocks_oracle_meta(q, k, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
+                                                  init_blocks, scale, query_positions);
+  Inputs inputs("select_blocks_oracle");
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  fill_oracle_blocks("select_blocks_oracle", inputs, "k", q, k, batch, block_size, topk, local_blocks, init_blocks,
+                     scale, blocks);
+  return blocks;
+}
+
+Tensor select_blocks_oracle_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
+                                      const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
+                                      std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
+                                      std::optional<double> scale, const OptionalTensor& query_positions) {
+  const Tensor blocks = select_blocks_oracle_paged_meta(q, k_pages, cu_seqlens_q, page_table, seqlens_k, block_size,
+                                                        topk, local_blocks, init_blocks, scale, query_positions);
+  Inputs inputs("select_blocks_oracle_paged");
+  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
+  fill_oracle_blocks("select_blocks_oracle_paged", inputs, "k_pages", q, k_pages, batch, block_size, topk,
+                     local_blocks, init_blocks, scale, blocks);
+  return blocks;
+}
+
+// ---- Attention, sparse and dense ----
+
+TensorPair make_attention_outputs(const Tensor& q, const Tensor& v) {
+  return {at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(-1)}, q.options()),
+          at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(at::kFloat))};
+}
+
+TensorTriple make_attention_grads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return {at::empty_symint(q.sym_sizes(), q.options()), at::empty_symint(k.sym_sizes(), k.options()),
+          at::empty_symint(v.sym_sizes(), v.options())};
+}
+
+TensorPair sparse_attention_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
+                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t,
+                                 std::optional<double>, const OptionalTensor& query_positions) {
+  constexpr const char* op = "sparse_attention";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_float(op, "v", v, 3);
+  check_int32(op, "blocks", blocks, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  return make_attention_outputs(q, v);
+}
+
+TensorPair sparse_attention_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                       const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
+                                       const Tensor& seqlens_k, std::int64_t, std::optional<double>,
+                                       const OptionalTensor& query_positions) {
+  constexpr const char* op = "sparse_attention_paged";
+  check_float(op, "q", q, 3);
+  check_float(op, "k_pages", k_pages, 4);
+  check_float(op, "v_pages", v_pages, 4);
+  check_int32(op, "blocks", blocks, 3);
+  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
+  return make_attention_outputs(q, v_pages);
+}
+
+TensorPair dense_attention_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                const Tensor& cu_seqlens_k, std::optional<double>,
+                                const OptionalTensor& query_positions) {
+  constexpr const char* op = "dense_attention";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_float(op, "v", v, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  return make_attention_outputs(q, v);
+}
+
+TensorPair dense_attention_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                      const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+                                      std::optional<double>, const OptionalTensor& query_positions) {
+  constexpr const char* op = "dense_attention_paged";
+  check_float(op, "q", q, 3);
+  check_float(op, "k_pages", k_pages, 4);
+  check_float(op, "v_pages", v_pages, 4);
+  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
+  return make_attention_outputs(q, v_pages);
+}
+
+void check_value_dim(const char* op, const char* name, const Tensor& v) {  // before `out` is allocated
+  if (!v.defined() || v.dim() == 0) return;                                // the meta kernel reports that
+  TORCH_CHECK(v.size(-1) <= kMaxHeadDim, op, ": ", name, ": ", describe_tensor(v), ": head dimension ", v.size(-1),
+              " must be at most ", kMaxHeadDim);
+}
+
+SparseAttentionParams sparse_params(Inputs& inputs, const Tensor& q, const char* k_name, const Tensor& k,
+                                    const char* v_name, const Tensor& v, const Tensor& blocks, const Batch& batch,
+                                    std::int64_t block_size, std::optional<double> scale) {
+  SparseAttentionParams params;
+  params.q = inputs.view("q", q);
+  params.k = inputs.view(k_name, k);
+  params.v = inputs.view(v_name, v);
+  params.blocks = inputs.view("blocks", blocks);
+  params.batch = batch;
+  params.block_size = block_size;
+  params.scale = scale;
+  return params;
+}
+
+DenseAttentionParams dense_params(Inputs& inputs, const Tensor& q, const char* k_name, const Tensor& k,
+                                  const char* v_name, const Tensor& v, const Batch& batch,
+                                  std::optional<double> scale) {
+  DenseAttentionParams params;
+  params.q = inputs.view("q", q);
+  params.k = inputs.view(k_name, k);
+  params.v = inputs.view(v_name, v);
+  params.batch = batch;
+  params.scale = scale;
+  return params;
+}
+
+TensorPair sparse_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
+                                const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size,
+                                std::optional<double> scale, const OptionalTensor& query_positions) {
+  constexpr const char* op = "sparse_attention";
+  check_value_dim(op, "v", v);
+  auto [out, lse] =
+      sparse_attention_meta(q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale, query_positions);
+  Inputs inputs(op);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const SparseAttentionParams params = sparse_params(inputs, q, "k", k, "v", v, blocks, batch, block_size, scale);
+  const TensorView out_view = output_view(out);
+  const TensorView lse_view = output_view(lse);
+  call_library(op, [&](const Context& context) { msa::sparse_attention(context, params, out_view, lse_view); });
+  return {out, lse};
+}
+
+TensorPair sparse_attention_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                      const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
+                                      const Tensor& seqlens_k, std::int64_t block_size, std::optional<double> scale,
+                                      const OptionalTensor& query_positions) {
+  constexpr const char* op = "sparse_attention_paged";
+  check_value_dim(op, "v_pages", v_pages);
+  auto [out, lse] = sparse_attention_paged_meta(q, k_pages, v_pages, blocks, cu_seqlens_q, page_table, seqlens_k,
+                                                block_size, scale, query_positions);
+  Inputs inputs(op);
+  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
+  const SparseAttentionParams params =
+      sparse_params(inputs, q, "k_pages", k_pages, "v_pages", v_pages, blocks, batch, block_size, scale);
+  const TensorView out_view = output_view(out);
+  const TensorView lse_view = output_view(lse);
+  call_library(op, [&](const Context& context) { msa::sparse_attention(context, params, out_view, lse_view); });
+  return {out, lse};
+}
+
+TensorPair dense_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                               const Tensor& cu_seqlens_k, std::optional<double> scale,
+                               const OptionalTensor& query_positions) {
+  constexpr const char* op = "dense_attention";
+  check_value_dim(op, "v", v);
+  auto [out, lse] = dense_attention_meta(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, query_positions);
+  Inputs inputs(op);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const DenseAttentionParams params = dense_params(inputs, q, "k", k, "v", v, batch, scale);
+  const TensorView out_view = output_view(out);
+  const TensorView lse_view = output_view(lse);
+  call_library(op, [&](const Context& context) { msa::dense_attention(context, params, out_view, lse_view); });
+  return {out, lse};
+}
+
+TensorPair dense_attention_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                     const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+                                     std::optional<double> scale, const OptionalTensor& query_positions) {
+  constexpr const char* op = "dense_attention_paged";
+  check_value_dim(op, "v_pages", v_pages);
+  auto [out, lse] =
+      dense_attention_paged_meta(q, k_pages, v_pages, cu_seqlens_q, page_table, seqlens_k, scale, query_positions);
+  Inputs inputs(op);
+  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
+  const DenseAttentionParams params = dense_params(inputs, q, "k_pages", k_pages, "v_pages", v_pages, batch, scale);
+  const TensorView out_view = output_view(out);
+  const TensorView lse_view = output_view(lse);
+  call_library(op, [&](const Context& context) { msa::dense_attention(context, params, out_view, lse_view); });
+  return {out, lse};
+}
+
+TensorTriple sparse_attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                                            const Tensor&, const Tensor&, const Tensor&, std::int64_t,
+                                            std::optional<double>, const OptionalTensor&) {
+  return make_attention_grads(q, k, v);
+}
+
+TensorTriple dense_attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
+                                           const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                                           const Tensor&, const Tensor&, std::optional<double>,
+                                           const OptionalTensor&) {
+  return make_attention_grads(q, k, v);
+}
+
+AttentionSaved attention_saved(const char* op, Inputs& inputs, const OptionalTensor& dout, const OptionalTensor& dlse,
+                               const Tensor& out, const Tensor& lse) {
+  check_float(op, "out", out, 3);
+  check_float(op, "lse", lse, 2);
+  const bool has_dout = dout && dout->defined();
+  const Tensor dout_or_zero = has_dout ? *dout : at::zeros(out.sizes(), out.options());
+  check_float(op, "dout", dout_or_zero, 3);
+  if (dlse && dlse->defined()) check_float(op, "dlse", *dlse, 2);
+  AttentionSaved saved;
+  saved.out = inputs.view("out", out);
+  saved.lse = inputs.view("lse", lse);
+  saved.dout = inputs.view("dout", dout_or_zero);
+  saved.dlse = inputs.view("dlse", dlse);
+  return saved;
+}
+
+TensorTriple sparse_attention_backward_cpu(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                           const Tensor& k, const Tensor& v, const Tensor& blocks, const Tensor& out,
+                                           const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                           std::int64_t block_size, std::optional<double> scale,
+                                           const OptionalTensor& query_positions) {
+  constexpr const char* op = "sparse_attention_backward";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_float(op, "v", v, 3);
+  check_int32(op, "blocks", blocks, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  auto [dq, dk, dv] = make_attention_grads(q, k, v);
+  Inputs inputs(op);
+  const AttentionSaved saved = attention_saved(op, inputs, dout, dlse, out, lse);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const SparseAttentionParams params = sparse_params(inputs, q, "k", k, "v", v, blocks, batch, block_size, scale);
+  const AttentionGrads grads{output_view(dq), output_view(dk), output_view(dv)};
+  call_library(op, [&](const Context& context) { msa::sparse_attention_backward(context, params, saved, grads); });
+  return {dq, dk, dv};
+}
+
+TensorTriple dense_attention_backward_cpu(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                          const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                          std::optional<double> scale, const OptionalTensor& query_positions) {
+  constexpr const char* op = "dense_attention_backward";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_float(op, "v", v, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  auto [dq, dk, dv] = make_attention_grads(q, k, v);
+  Inputs inputs(op);
+  const AttentionSaved saved = attention_saved(op, inputs, dout, dlse, out, lse);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const DenseAttentionParams params = dense_params(inputs, q, "k", k, "v", v, batch, scale);
+  const AttentionGrads grads{output_view(dq), output_view(dk), output_view(dv)};
+  call_library(op, [&](const Context& context) { msa::dense_attention_backward(context, params, saved, grads); });
+  return {dq, dk, dv};
+}
+
+// ---- index_kl ----
+
+Teacher parse_teacher(const char* op, std::string_view teacher) {
+  TORCH_CHECK(teacher == "mean" || teacher == "max", op, ": teacher: \"", teacher, "\" must be \"mean\" or \"max\"");
+  return teacher == "mean" ? Teacher::kMean : Teacher::kMax;
+}
+
+void check_index_kl(const char* op, const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
+                    const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                    std::string_view teacher, const OptionalTensor& query_positions) {
+  check_float(op, "q_idx", q_idx, 3);
+  check_float(op, "k_idx", k_idx, 2);
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  if (blocks) check_int32(op, "blocks", *blocks, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  parse_teacher(op, teacher);
+}
+
+IndexKlParams index_kl_params(Inputs& inputs, const char* op, const Tensor& q_idx, const Tensor& k_idx, const Tensor& q,
+                              const Tensor& k, const OptionalTensor& blocks, const Batch& batch,
+                              std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
+                              std::string_view teacher) {
+  IndexKlParams params;
+  params.q_idx = inputs.view("q_idx", q_idx);
+  params.k_idx = inputs.view("k_idx", k_idx);
+  params.q = inputs.view("q", q);
+  params.k = inputs.view("k", k);
+  params.blocks = inputs.view("blocks", blocks);
+  params.batch = batch;
+  params.block_size = block_size;
+  params.index_scale = index_scale;
+  params.scale = scale;
+  params.teacher = parse_teacher(op, teacher);
+  return params;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_meta(
+    const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t, std::optional<double>, std::optional<double>,
+    std::string_view teacher, const OptionalTensor& query_positions) {
+  check_index_kl("index_kl", q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
+  const auto options = q.options().dtype(at::kFloat);
+  return {at::empty({}, options), at::empty_symint({q.sym_size(0), q.sym_size(1)}, options),
+          at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options),
+          at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_cpu(
+    const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
+    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
+    std::optional<double> scale, std::string_view teacher, const OptionalTensor& query_positions) {
+  constexpr const char* op = "index_kl";
+  auto [kl, lse_main, lse_index, teacher_norm] = index_kl_forward_meta(
+      q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, index_scale, scale, teacher, query_positions);
+  Inputs inputs(op);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const IndexKlParams params =
+      index_kl_params(inputs, op, q_idx, k_idx, q, k, blocks, batch, block_size, index_scale, scale, teacher);
+  const IndexKlSaved saved{output_view(lse_main), output_view(lse_index), output_view(teacher_norm)};
+  *kl.mutable_data_ptr<float>() =
+      call_library(op, [&](const Context& context) { return msa::index_kl(context, params, saved); });
+  return {kl, lse_main, lse_index, teacher_norm};
+}
+
+Tensor index_kl_meta(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
+                     const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                     std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
+                     std::string_view teacher, const OptionalTensor& query_positions) {
+  return std::get<0>(index_kl_forward_meta(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size,
+                                           index_scale, scale, teacher, query_positions));
+}
+
+Tensor index_kl_cpu(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
+                    const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                    std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
+                    std::string_view teacher, const OptionalTensor& query_positions) {
+  return std::get<0>(index_kl_forward_cpu(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size,
+                                          index_scale, scale, teacher, query_positions));
+}
+
+TensorPair index_kl_backward_meta(const Tensor&, const Tensor& q_idx, const Tensor& k_idx, const Tensor&, const Tensor&,
+                                  const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, std::int64_t, std::optional<double>, std::optional<double>,
+                                  std::string_view, const OptionalTensor&) {
+  return {at::empty_symint(q_idx.sym_sizes(), q_idx.options()), at::empty_symint(k_idx.sym_sizes(), k_idx.options())};
+}
+
+TensorPair index_kl_backward_cpu(const Tensor& grad_output, const Tensor& q_idx, const Tensor& k_idx, const Tensor& q,
+                                 const Tensor& k, const OptionalTensor& blocks, const Tensor& lse_main,
+                                 const Tensor& lse_index, const Tensor& teacher_norm, const Tensor& cu_seqlens_q,
+                                 const Tensor& cu_seqlens_k, std::int64_t block_size,
+                                 std::optional<double> index_scale, std::optional<double> scale,
+                                 std::string_view teacher, const OptionalTensor& query_positions) {
+  constexpr const char* op = "index_kl_backward";
+  check_index_kl(op, q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
+  TORCH_CHECK(grad_output.numel() == 1, op, ": grad_output: ", describe_tensor(grad_output), " must be a scalar");
+  check_float(op, "lse_main", lse_main, 2);
+  check_float(op, "lse_index", lse_index, 2);
+  check_float(op, "teacher_norm", teacher_norm, 2);
+  Tensor dq_idx = at::empty(q_idx.sizes(), q_idx.options());
+  Tensor dk_idx = at::empty(k_idx.sizes(), k_idx.options());
+  Inputs inputs(op);
+  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  const IndexKlParams params =
+      index_kl_params(inputs, op, q_idx, k_idx, q, k, blocks, batch, block_size, index_scale, scale, teacher);
+  // Read only, but the library's type for them is the one the forward writes to.
+  const Tensor main = lse_main.contiguous();
+  const Tensor index = lse_index.contiguous();
+  const Tensor norm = teacher_norm.contiguous();
+  const IndexKlSaved saved{output_view(main), output_view(index), output_view(norm)};
+  const float grad = grad_output.item().toFloat();
+  call_library(op, [&](const Context& context) {
+    msa::index_kl_backward(context, params, saved, grad, output_view(dq_idx), output_view(dk_idx));
+  });
+  return {dq_idx, dk_idx};
+}
+
+// ---- selection_recall ----
+
+TensorPair selection_recall_meta(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
+                                 const Tensor& cu_seqlens_k, std::int64_t, std::optional<double>,
+                                 const OptionalTensor& query_positions) {
+  constexpr const char* op = "selection_recall";
+  check_float(op, "q", q, 3);
+  check_float(op, "k", k, 3);
+  check_int32(op, "blocks", blocks, 3);
+  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  const auto options = q.options().dtype(at::kFloat);
+  return {at::empty({}, options), at::empty({}, options)};
+}
+
+TensorPair selection_recall_cpu(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
+                                const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> scale,
+                                const OptionalTensor& query_positions) {
+  constexpr const char* op = "selection_recall";
+  auto [block_recall, score_recall] =
+      selection_recall_meta(q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale, query_positions);
+  Inputs inputs(op);
+  SelectionRecallParams params;
+  params.q = inputs.view("q", q);
+  params.k = inputs.view("k", k);
+  params.blocks = inputs.view("blocks", blocks);
+  params.batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
+  params.block_size = block_size;
+  params.scale = scale;
+  const SelectionRecall recall =
+      call_library(op, [&](const Context& context) { return msa::selection_recall(context, params); });
+  *block_recall.mutable_data_ptr<float>() = static_cast<float>(recall.block_recall);
+  *score_recall.mutable_data_ptr<float>() = static_cast<float>(recall.score_recall);
+  return {block_recall, score_recall};
+}
+
+// ---- Registration ----
+
+void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(), ": got a CUDA tensor, but this build of msa has no CUDA backend; move all ",
+              "tensors to the cpu");
+}
+
+std::string version_string() { return version(); }
+
+constexpr const char* kOps[] = {
+    "select_blocks",          "select_blocks_oracle",  "sparse_attention",          "dense_attention",
+    "index_kl",               "selection_recall",      "select_blocks_paged",       "select_blocks_oracle_paged",
+    "sparse_attention_paged", "dense_attention_paged", "sparse_attention_backward", "dense_attention_backward",
+    "_index_kl_forward",      "_index_kl_backward",
+};
+
+}  // namespace
+
+TORCH_LIBRARY(msa, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "select_blocks(Tensor q_idx, Tensor k_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, int topk, "
+      "int local_blocks=1, int init_blocks=0, *, Tensor? query_positions=None) -> Tensor",
+      tags);
+  m.def(
+      "select_blocks_oracle(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, int topk, "
+      "int local_blocks=1, int init_blocks=0, float? scale=None, *, Tensor? query_positions=None) -> Tensor",
+      tags);
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int block_size, float? scale=None, *, Tensor? query_positions=None) -> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "dense_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? scale=None, *, "
+      "Tensor? query_positions=None) -> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "index_kl(Tensor q_idx, Tensor k_idx, Tensor q, Tensor k, Tensor? blocks, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, int block_size, float? index_scale=None, float? scale=None, *, str teacher=\"mean\", "
+      "Tensor? query_positions=None) -> Tensor",
+      tags);
+  m.def(
+      "selection_recall(Tensor q, Tensor k, Tensor blocks, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, "
+      "float? scale=None, *, Tensor? query_positions=None) -> (Tensor block_recall, Tensor score_recall)",
+      tags);
+  m.def(
+      "select_blocks_paged(Tensor q_idx, Tensor k_idx_pages, Tensor cu_seqlens_q, Tensor page_table, "
+      "Tensor seqlens_k, int block_size, int topk, int local_blocks=1, int init_blocks=0, *, "
+      "Tensor? query_positions=None) -> Tensor",
+      tags);
+  m.def(
+      "select_blocks_oracle_paged(Tensor q, Tensor k_pages, Tensor cu_seqlens_q, Tensor page_table, "
+      "Tensor seqlens_k, int block_size, int topk, int local_blocks=1, int init_blocks=0, float? scale=None, *, "
+      "Tensor? query_positions=None) -> Tensor",
+      tags);
+  m.def(
+      "sparse_attention_paged(Tensor q, Tensor k_pages, Tensor v_pages, Tensor blocks, Tensor cu_seqlens_q, "
+      "Tensor page_table, Tensor seqlens_k, int block_size, float? scale=None, *, Tensor? query_positions=None) "
+      "-> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "dense_attention_paged(Tensor q, Tensor k_pages, Tensor v_pages, Tensor cu_seqlens_q, Tensor page_table, "
+      "Tensor seqlens_k, float? scale=None, *, Tensor? query_positions=None) -> (Tensor out, Tensor lse)",
+      tags);
+  m.def(
+      "sparse_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor out, "
+      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, float? scale, Tensor? query_positions) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)",
+      tags);
+  m.def(
+      "dense_attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float? scale, Tensor? query_positions) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)",
+      tags);
+  m.def(
+      "_index_kl_forward(Tensor q_idx, Tensor k_idx, Tensor q, Tensor k, Tensor? blocks, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, int block_size, float? index_scale, float? scale, str teacher, Tensor? query_positions) "
+      "-> (Tensor kl, Tensor lse_main, Tensor lse_index, Tensor teacher_norm)",
+      tags);
+  m.def(
+      "_index_kl_backward(Tensor grad_output, Tensor q_idx, Tensor k_idx, Tensor q, Tensor k, Tensor? blocks, "
+      "Tensor lse_main, Tensor lse_index, Tensor teacher_norm, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int block_size, float? index_scale, float? scale, str teacher, Tensor? query_positions) "
+      "-> (Tensor dq_idx, Tensor dk_idx)",
+      tags);
+  m.def("version() -> str", version_string);
+}
+
+TORCH_LIBRARY_IMPL(msa, CPU, m) {
+  m.impl("select_blocks", select_blocks_cpu);
+  m.impl("select_blocks_oracle", select_blocks_oracle_cpu);
+  m.impl("sparse_attention", sparse_attention_cpu);
+  m.impl("dense_attention", dense_attention_cpu);
+  m.impl("index_kl", index_kl_cpu);
+  m.impl("selection_recall", selection_recall_cpu);
+  m.impl("select_blocks_paged", select_blocks_paged_cpu);
+  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_cpu);
+  m.impl("sparse_attention_paged", sparse_attention_paged_cpu);
+  m.impl("dense_attention_paged", dense_attention_paged_cpu);
+  m.impl("sparse_attention_backward", sparse_attention_backward_cpu);
+  m.impl("dense_attention_backward", dense_attention_backward_cpu);
+  m.impl("_index_kl_forward", index_kl_forward_cpu);
+  m.impl("_index_kl_backward", index_kl_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(msa, Meta, m) {
+  m.impl("select_blocks", select_blocks_meta);
+  m.impl("select_blocks_oracle", select_blocks_oracle_meta);
+  m.impl("sparse_attention", sparse_attention_meta);
+  m.impl("dense_attention", dense_attention_meta);
+  m.impl("index_kl", index_kl_meta);
+  m.impl("selection_recall", selection_recall_meta);
+  m.impl("select_blocks_paged", select_blocks_paged_meta);
+  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_meta);
+  m.impl("sparse_attention_paged", sparse_attention_paged_meta);
+  m.impl("dense_attention_paged", dense_attention_paged_meta);
+  m.impl("sparse_attention_backward", sparse_attention_backward_meta);
+  m.impl("dense_attention_backward", dense_attention_backward_meta);
+  m.impl("_index_kl_forward", index_kl_forward_meta);
+  m.impl("_index_kl_backward", index_kl_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(msa, CUDA, m) {
+  for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+}
+
+}  // namespace msa::torch_ops
