@@ -3,8 +3,8 @@
 # libraries libtorch_cpu and libc10, with an rpath to the wheel and to the CUDA runtime wheels they load.
 set(MSA_TORCH_SITE "${CMAKE_SOURCE_DIR}/.venv/lib" CACHE PATH
     "Folder searched for site-packages/torch: a Python environment's lib folder")
-file(GLOB _msa_torch_headers "${MSA_TORCH_SITE}/python3*/site-packages/torch/include/torch/version.h"
-     "${MSA_TORCH_SITE}/torch/include/torch/version.h")
+file(GLOB _msa_torch_headers "${MSA_TORCH_SITE}/python3*/site-packages/torch/include/torch/library.h"
+     "${MSA_TORCH_SITE}/torch/include/torch/library.h")
 if(NOT _msa_torch_headers)
   message(FATAL_ERROR "libtorch not found under MSA_TORCH_SITE=${MSA_TORCH_SITE}: run `make deps`, point MSA_TORCH_SITE "
                       "at an environment with torch installed, or configure with -DMSA_BUILD_TORCH=OFF")
