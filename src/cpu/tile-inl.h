@@ -20,6 +20,7 @@
 
 #include "msa/tensor.h"
 #include "src/core/float_convert.h"
+#include "src/cpu/tile.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
@@ -28,11 +29,6 @@ namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 using FloatTag = hn::ScalableTag<float>;
 using FloatVec = hn::Vec<FloatTag>;
-
-/// Row stride, in floats, for a buffer of `cols` columns that `product` reads as b: a row starts on a cache line and an odd
-/// number of lines after the one above, so that the 16 columns of one register tile, all rows deep, spread over every set
-/// of the L1 cache instead of piling up in a few (a stride of 128 floats would use 8 sets of 64).
-inline std::int64_t padded_stride(std::int64_t cols) { return ((cols + 15) / 16 | 1) * 16; }
 
 #if HWY_TARGET == HWY_SSE4
 // Highway's emulated f16 to float has no infinities; integer code, as core::f16_to_float.
