@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward of the main branch for a chunk of queries and one kv head, shared by sparse and dense attention: blocks are
+// visited in ascending order, each loaded once for all rows of the chunk that take part, with a running softmax a row
+// (maximum, sum of exponentials, weighted sum of values). A row sees its own blocks in the same order whatever the chunk,
+// so its result does not depend on how the work was cut. Tested in tests/unit/sparse_attention_test.cc and
+// dense_attention_test.cc.
+#if defined(MSA_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MSA_CPU_ATTENTION_INL_H_
+#undef MSA_CPU_ATTENTION_INL_H_
+#else
+#define MSA_CPU_ATTENTION_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "msa/tensor.h"
+#include "src/core/layout.h"
+#include "src/cpu/attention.h"
+#include "src/cpu/key_tile-inl.h"
+#include "src/cpu/plan.h"
+#include "src/cpu/softmax-inl.h"
+#include "src/cpu/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu {
+namespace HWY_NAMESPACE {
+
+/// row[0, count) *= factor
+inline HWY_ATTR void scale_row(float* HWY_RESTRICT row, std::int64_t count, float factor) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto f = hn::Set(df, factor);
+  for (std::int64_t j = 0; j < count; j += lanes) hn::StoreU(hn::Mul(hn::LoadU(df, row + j), f), df, row + j);
+}
+
+/// A chunk in progress: begin, add_block for ascending blocks, write.
+class ChunkAttention {
+ public:
+  /// `scratch` is laid out by input.layout.
+  HWY_ATTR ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+      : input_(input),
+        sequence_(core::get_sequence(input.batch, chunk.sequence)),
+        begin_(chunk.begin),
+        count_(chunk.end - chunk.begin),
+        kv_head_(kv_head),
+        key_rows_(input.k, input.batch),
+        value_rows_(input.v, input.batch),
+        queries_(scratch + input.layout.queries),
+        sums_(scratch + input.layout.sums),
+        largest_(scratch + input.layout.largest),
+        totals_(scratch + input.layout.totals),
+        keys_(scratch + input.layout.keys),
+        values_(scratch + input.layout.values),
+        scores_(scratch + input.layout.scores),
+        members_(reinterpret_cast<std::int32_t*>(scratch + input.layout.members)),
+        seen_(reinterpret_cast<std::int32_t*>(scratch + input.layout.seen)) {
+    const AttentionShape& shape = input.shape;
+    const std::int64_t rows = count_ * shape.group_size;
+    load_query_rows(input.q, first_row(), count_, kv_head * shape.group_size, shape.group_size, queries_);
+    std::fill(sums_, sums_ + rows * shape.value_dim, 0.0f);
+    std::fill(largest_, largest_ + rows, kNegativeInfinity);
+    std::fill(totals_, totals_ + rows, 0.0f);
+    std::fill(seen_, seen_ + count_, 0);
+  }
+
+  std::int64_t count() const { return count_; }
+  std::int64_t first_row() const { return sequence_.query_begin + begin_; }
+  std::int64_t position_of(std::int64_t i) const { return core::query_position(input_.batch, sequence_, begin_ + i); }
+  /// The caller fills members()[0, n) with the queries of the chunk, ascending, that take part in a block.
+  std::int32_t* members() { return members_; }
+
+  /// Adds block `block` to the rows of members()[0, n).
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
+    if (n == 0) return;
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t block_begin = block * shape.block_size;
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
+    load_keys_transposed(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim,
+                         keys_, padded_stride(shape.block_size));
+    load_value_rows(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
+                    values_, padded_stride(shape.value_dim));
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    const std::int64_t rows = n * shape.group_size;
+    for (std::int64_t r = 0; r < rows; r += kScoreRows) {
+      add_block_to_rows(block_begin, block_keys, r, std::min(kScoreRows, rows - r));
+    }
+  }
+
+  /// Divides, rounds and writes out and lse.
+  HWY_ATTR void write() {
+    const AttentionShape& shape = input_.shape;
+    const auto out_bytes = static_cast<std::int64_t>(dtype_size(input_.out.dtype));
+    auto* lse = reinterpret_cast<float*>(input_.lse.data);
+    for (std::int64_t r = 0; r < count_ * shape.group_size; ++r) {
+      const std::int64_t row = first_row() + r / shape.group_size;
+      const std::int64_t head = kv_head_ * shape.group_size + r % shape.group_size;
+      float* sum = sums_ + r * shape.value_dim;
+      float row_lse = kNegativeInfinity;
+      if (seen_[r / shape.group_size] != 0) {  // else no block: out 0, lse -inf
+        const float total = totals_[r];
+        divide_row(sum, shape.value_dim, total);
+        // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
+        row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
+                             : static_cast<float>(largest_[r] + std::log(static_cast<double>(total)));
+      }
+      store_row(sum, shape.value_dim, input_.out.dtype,
+                input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * out_bytes);
+      lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+    }
+  }
+
+ private:
+  static HWY_ATTR void divide_row(float* HWY_RESTRICT row, std::int64_t count, float divisor) {
+    const FloatTag df;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    const auto d = hn::Set(df, divisor);
+    for (std::int64_t j = 0; j < count; j += lanes) hn::StoreU(hn::Div(hn::LoadU(df, row + j), d), df, row + j);
+  }
+
+  // Rows [first, first + rows) of the members' rows.
+  HWY_ATTR void add_block_to_rows(std::int64_t block_begin, std::int64_t block_keys, std::int64_t first,
+                                  std::int64_t rows) {
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t score_stride = padded_stride(shape.block_size);
+    const float* row_queries[kScoreRows];
+    float* row_sums[kScoreRows];
+    std::int64_t row_index[kScoreRows];
+    std::int64_t row_visible[kScoreRows];
+    std::int64_t member = first / shape.group_size;
+    std::int64_t head = first % shape.group_size;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t i = members_[member];
+      row_index[r] = i * shape.group_size + head;
+      row_queries[r] = queries_ + row_index[r] * shape.head_dim;
+      row_sums[r] = sums_ + row_index[r] * shape.value_dim;
+      row_visible[r] = std::min(block_keys, position_of(i) + 1 - block_begin);
+      if (++head == shape.group_size) {
+        head = 0;
+        ++member;
+      }
+    }
+    product_of_rows(rows, padded_columns(block_keys), shape.head_dim, row_queries, 1, keys_, score_stride,
+                    StridedRows<float>{scores_, score_stride}, false);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* row = scores_ + r * score_stride;
+      float& largest = largest_[row_index[r]];
+      float& total = totals_[row_index[r]];
+      const float before = largest;
+      largest = std::max(before, scale_and_max(row, row_visible[r], input_.scale));
+      const float shift = softmax_shift(largest);
+      if (largest != before) {  // what was summed so far was relative to the old maximum
+        const float factor = exp_one(before - shift);
+        total *= factor;
+        scale_row(row_sums[r], shape.value_dim, factor);
+      }
+      total += exp_and_sum(row, row_visible[r], shift);
+    }
+    // A row must not touch values it does not see, 0 * NaN being NaN: rows go together that see equally many.
+    for (std::int64_t r = 0; r < rows;) {
+      std::int64_t end = r + 1;
+      while (end < rows && row_visible[end] == row_visible[r]) ++end;
+      product_of_rows(end - r, shape.value_dim, row_visible[r],
+                      StridedRows<const float>{scores_ + r * score_stride, score_stride},
+                      1, values_, padded_stride(shape.value_dim), row_sums + r, true);
+      r = end;
+    }
+  }
+
+  const AttentionInput& input_;
+  core::Sequence sequence_;
+  std::int64_t begin_;
+  std::int64_t count_;
+  std::int64_t kv_head_;
+  core::KeyRows key_rows_;
+  core::KeyRows value_rows_;
+  float* queries_;
+  float* sums_;
+  float* largest_;
+  float* totals_;
+  float* keys_;
+  float* values_;
+  float* scores_;
+  std::int32_t* members_;
+  std::int32_t* seen_;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace msa::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // MSA_CPU_ATTENTION_INL_H_
