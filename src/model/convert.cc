@@ -14,6 +14,7 @@
 
 #include "msa/error.h"
 #include "msa/select_blocks.h"
+#include "src/model/files/file_io.h"
 #include "src/model/files/safetensors.h"
 #include "src/model/train_random.h"
 
@@ -117,7 +118,7 @@ std::map<std::int64_t, Moments> collect_moments(Decoder& decoder, const std::set
       const auto gain = [&](const at::Tensor& after, const at::Tensor& weight) {
         const at::Tensor before = at::matmul(view.x.to(at::kFloat), weight.flatten(0, 1).t().to(at::kFloat))
                                       .view({after.size(0), after.size(1), config.head_dim});
-        return at::stack({after.to(at::kFloat).square().sum({0, 2}), before.square().sum({0, 2})}, 1).to(at::kDouble);
+        return at::stack({after.to(at::kFloat).square().sum(at::IntArrayRef{0, 2}), before.square().sum(at::IntArrayRef{0, 2})}, 1).to(at::kDouble);
       };
       key_gain = gain(view.k, projections.at(view.layer).keys);
       query_gain = gain(view.q, projections.at(view.layer).queries);
@@ -155,9 +156,19 @@ at::Tensor random_rows(std::vector<std::int64_t> shape, Random& random) {
   return result;
 }
 
-// Splits head_dim-wide rows into what fits the index: the rotary part always, then the standing pairs of largest `weight`.
-IndexWeights narrow(const IndexWeights& full, const files::ModelConfig& config, const Pairs& pairs,
-                    std::int64_t index_dim, const at::Tensor& weight) {
+// Rows of head_dim width, made index_dim wide. Narrower: the rotary part stays, and of the standing pairs those of largest
+// `weight`. Wider: the rest stands still under RoPE, where no more of the turning pairs can be kept, and starts small and
+// random (zeros on both sides would never learn).
+IndexWeights fit_width(const IndexWeights& full, const files::ModelConfig& config, const Pairs& pairs,
+                       std::int64_t index_dim, const at::Tensor& weight, Random& random) {
+  constexpr double kSmall = 0.1;
+  const std::int64_t rest = index_dim - config.head_dim;
+  if (rest > 0) {
+    const at::Tensor more_queries = random_rows({config.num_key_value_heads, rest, config.hidden_size}, random) * kSmall;
+    const at::Tensor more_keys = random_rows({rest, config.hidden_size}, random) * kSmall;
+    return {at::cat({full.queries, more_queries}, 1), at::cat({full.keys, more_keys}, 0)};
+  }
+  if (rest == 0) return full;
   const std::int64_t rotary_pairs = config.rope.rotary_dim / 2;
   const std::int64_t kept = (index_dim - config.rope.rotary_dim) / 2;
   const at::Tensor order = weight.slice(0, rotary_pairs).argsort(0, true).slice(0, 0, kept) + rotary_pairs;
@@ -167,7 +178,7 @@ IndexWeights narrow(const IndexWeights& full, const files::ModelConfig& config, 
 }
 
 IndexWeights closed_form(const Projections& projections, const Moments& moments, const files::ModelConfig& config,
-                         const Pairs& pairs, std::int64_t index_dim) {
+                         const Pairs& pairs, std::int64_t index_dim, Random& random) {
   const std::int64_t kv_heads = config.num_key_value_heads;
   const std::int64_t head_dim = config.head_dim;
   const double tokens = static_cast<double>(moments.tokens);
@@ -181,35 +192,21 @@ IndexWeights closed_form(const Projections& projections, const Moments& moments,
   const auto [values, vectors] = at::linalg_eigh(covariance);  // ascending; [pairs, kv_heads, n]
   // The scale of a pair is free (its query takes the inverse): keep index keys as large as the model's own.
   const at::Tensor size = weight.square().mean(0).sqrt();  // [pairs]
-  const std::int64_t chunks = std::max<std::int64_t>(1, index_dim / head_dim);
-  std::vector<at::Tensor> key_rows, query_rows;
-  for (std::int64_t n = 0; n < chunks; ++n) {
-    const at::Tensor v = vectors.select(2, kv_heads - 1 - n % kv_heads);  // [pairs, kv_heads]
-    const at::Tensor key = at::einsum("ir,rih->ih", {v.conj(), keys}) / size.unsqueeze(-1);
-    const at::Tensor query = mean_queries * (v.t().conj() / weight * size).unsqueeze(-1);
-    key_rows.push_back(to_real(key, pairs));
-    query_rows.push_back(to_real(query, pairs));
-  }
-  IndexWeights result{at::cat(query_rows, 1), at::cat(key_rows, 0)};
-  if (index_dim < head_dim) result = narrow(result, config, pairs, index_dim, values.select(1, kv_heads - 1));
-  return result;
+  const at::Tensor v = vectors.select(2, kv_heads - 1);  // [pairs, kv_heads]
+  const at::Tensor key = at::einsum("ir,rih->ih", {v.conj(), keys}) / size.unsqueeze(-1);
+  const at::Tensor query = mean_queries * (v.t().conj() / weight * size).unsqueeze(-1);
+  return fit_width({to_real(query, pairs), to_real(key, pairs)}, config, pairs, index_dim,
+                   values.select(1, kv_heads - 1), random);
 }
 
 IndexWeights plain_means(const Projections& projections, const files::ModelConfig& config, const Pairs& pairs,
                          std::int64_t index_dim, Random& random) {
   const std::int64_t kv_heads = config.num_key_value_heads;
-  IndexWeights result{
+  const IndexWeights means{
       projections.queries.view({kv_heads, config.group_size(), config.head_dim, config.hidden_size}).mean(1),
       projections.keys.mean(0)};
-  if (index_dim > config.head_dim) {  // zeros on both sides would never learn
-    const std::int64_t rest = index_dim - config.head_dim;
-    result.queries = at::cat({result.queries, random_rows({kv_heads, rest, config.hidden_size}, random) * 0.1}, 1);
-    result.keys = at::cat({result.keys, random_rows({rest, config.hidden_size}, random) * 0.1}, 0);
-  } else if (index_dim < config.head_dim) {
-    const at::Tensor energy = at::real(to_complex(result.keys, pairs)).square().sum(1);
-    result = narrow(result, config, pairs, index_dim, energy);
-  }
-  return result;
+  const at::Tensor energy = at::real(to_complex(means.keys, pairs)).square().sum(1);
+  return fit_width(means, config, pairs, index_dim, energy, random);
 }
 
 }  // namespace
@@ -244,12 +241,6 @@ void add_index(Decoder& decoder, const ConvertOptions& options, const std::vecto
     throw Error("convert: index_dim " + std::to_string(index_dim) + " is not a multiple of " +
                 std::to_string(kHeadDimMultiple) + " between the rotary dimension " + std::to_string(base.rope.rotary_dim) +
                 " and " + std::to_string(kMaxHeadDim));
-  }
-  if (options.initialization == Initialization::kClosedForm && index_dim > base.head_dim &&
-      (index_dim % base.head_dim != 0 || index_dim / base.head_dim > base.num_key_value_heads)) {
-    throw Error("convert: the closed form keeps whole eigenvectors: index_dim " + std::to_string(index_dim) +
-                " is not head_dim " + std::to_string(base.head_dim) + " times 1.." +
-                std::to_string(base.num_key_value_heads) + " (kv_heads)");
   }
   std::set<std::int64_t> layers(options.layers.begin(), options.layers.end());
   if (options.layers.empty()) {
@@ -290,7 +281,7 @@ void add_index(Decoder& decoder, const ConvertOptions& options, const std::vecto
     } else {
       const Projections projections = project(decoder, layer, layer_moments);
       weights = options.initialization == Initialization::kClosedForm
-                    ? closed_form(projections, *layer_moments, base, pairs, index_dim)
+                    ? closed_form(projections, *layer_moments, base, pairs, index_dim, random)
                     : plain_means(projections, base, pairs, index_dim, random);
       weights.queries = weights.queries * logit_scale;
     }

@@ -7,8 +7,7 @@
 // index branch has one key head for all groups: for each pair, the key combination that keeps most of what the groups'
 // queries can see is the leading eigenvector v of the heads' key covariance C[r, s] = w_r w_s E[k_r conj(k_s)], weighted by
 // the energy w_r^2 of group r's mean query. Then k_idx = sum_r conj(v_r) w_r k_r, and since k_r is close to
-// v_r k_idx / w_r, the query of group r is its mean query times conj(v_r) / w_r. An index dimension of n * head_dim keeps
-// the n leading vectors. C needs no unrotated keys: at one token all heads are turned by the same angle, which cancels.
+// v_r k_idx / w_r, the query of group r is its mean query times conj(v_r) / w_r. C needs no unrotated keys: at one token all heads are turned by the same angle, which cancels.
 // Tested in tests/unit/model_convert.cc.
 #pragma once
 
@@ -34,7 +33,7 @@ const char* initialization_name(Initialization value);
 struct ConvertOptions {
   std::int64_t block_size = 64;
   std::int64_t topk = 16;
-  std::int64_t index_dim = 0;          ///< 0: head_dim
+  std::int64_t index_dim = 0;          ///< 0: head_dim. What is wider starts small and random
   std::vector<std::int64_t> layers;    ///< layers that become sparse; empty: all
   Initialization initialization = Initialization::kClosedForm;
   std::uint64_t seed = 0;

@@ -132,7 +132,7 @@ std::size_t line_start_after(const std::string& text, std::size_t at) {
 
 }  // namespace
 
-void Corpus::add_document(const std::string& name, std::string text) {
+void Corpus::add_document(const std::string& name, const std::string& text) {
   if (text.size() < kMinDocumentBytes) return;
   const std::string base = fs::path(name).filename().string();
   std::size_t begin = 0;
@@ -183,14 +183,14 @@ Corpus Corpus::open(const std::vector<fs::path>& paths, const CorpusLimits& limi
       list_files(path, limits, files);
       for (const fs::path& file : files) {
         if (total >= limits.max_bytes) break;
-        std::string text = read_text(file, limits.max_file_bytes);
+        const std::string text = read_text(file, limits.max_file_bytes);
         total += text.size();
-        corpus.add_document(file.string(), std::move(text));
+        corpus.add_document(file.string(), text);
       }
     } else if (fs::is_regular_file(status)) {
-      std::string text = read_text(path, limits.max_bytes);
+      const std::string text = read_text(path, limits.max_bytes);
       total += text.size();
-      corpus.add_document(path.string(), std::move(text));
+      corpus.add_document(path.string(), text);
     }
     if (corpus.units_.size() == before && total < limits.max_bytes) {
       throw Error("corpus: no text found in " + path.string() + " (text is UTF-8 without control bytes)");
@@ -230,17 +230,17 @@ Corpus Corpus::open_default() {
           has("-packages/") || has("/lib2to3/")) {
         continue;
       }
-      std::string text = read_text(file, limits.max_file_bytes);
-      if (text.size() >= 2048) corpus.add_document(name, std::move(text));  // stubs and indexes left out
+      const std::string text = read_text(file, limits.max_file_bytes);
+      if (text.size() >= 2048) corpus.add_document(name, text);  // stubs and indexes left out
     }
   }
   corpus.settle_split("/usr/share/cmake-*/Help, /usr/share/perl and /usr/lib/python3.* (name files of your own)");
   return corpus;
 }
 
-Corpus Corpus::from_texts(std::vector<std::pair<std::string, std::string>> documents) {
+Corpus Corpus::from_texts(const std::vector<std::pair<std::string, std::string>>& documents) {
   Corpus corpus;
-  for (auto& [name, text] : documents) corpus.add_document(name, std::move(text));
+  for (const auto& [name, text] : documents) corpus.add_document(name, text);
   corpus.settle_split("the texts given");
   return corpus;
 }

@@ -36,7 +36,7 @@ class Corpus {
   /// where Debian puts them. Throws msa::Error when none of it is there.
   static Corpus open_default();
   /// From texts at hand: (name, text).
-  static Corpus from_texts(std::vector<std::pair<std::string, std::string>> documents);
+  static Corpus from_texts(const std::vector<std::pair<std::string, std::string>>& documents);
 
   /// Bytes of text of a split.
   std::size_t bytes(Split split) const;
@@ -54,7 +54,7 @@ class Corpus {
     std::string text;
     bool held_out = false;
   };
-  void add_document(const std::string& name, std::string text);
+  void add_document(const std::string& name, const std::string& text);
   void settle_split(const std::string& what);
 
   std::vector<Unit> units_;
