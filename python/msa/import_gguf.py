@@ -2,7 +2,7 @@
 """Turns a GGUF file of a Llama-family model into a Hugging Face directory, in full precision.
 
 Every tensor is dequantised, the row order that llama.cpp gives to q and k is undone, and config.json,
-tokenizer.json, tokenizer_config.json and generation_config.json are written from the file's own metadata. It
+tokenizer.json, tokenizer_config.json and generation_config.json are written from its own metadata. It
 needs `gguf` and `numpy` only. The directory appears whole or not at all. Tested in tests/python/test_import.py.
 
     python -m msa.import_gguf --out DIR [--gguf FILE] [--dtype fp32|bf16]
@@ -297,7 +297,8 @@ def dequantize(tensor):
     try:
         values = quants.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, KeyError) as error:
-        raise ImportFailure(f"tensor {tensor.name}: type {tensor.tensor_type.name} is not supported") from error
+        kind = tensor.tensor_type.name
+        raise ImportFailure(f"tensor {tensor.name}: type {kind} is not supported") from error
     shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts the fastest dimension first
     return np.ascontiguousarray(values, dtype=np.float32).reshape(shape)
 
@@ -335,7 +336,8 @@ def write_safetensors(path, tensors, config, dtype):
             elif ".k_proj." in name:
                 values = unpermute_rows(values, config["num_key_value_heads"])
             values = np.ascontiguousarray(values)
-            out.write((values.astype("<f4") if dtype == "fp32" else round_to_bf16(values).astype("<u2")).tobytes())
+            stored = values.astype("<f4") if dtype == "fp32" else round_to_bf16(values).astype("<u2")
+            out.write(stored.tobytes())
         out.flush()
         os.fsync(out.fileno())
 
@@ -358,7 +360,7 @@ def open_gguf(path):
 def import_gguf(out, path=None, dtype="fp32", log=lambda text: None):
     """Imports the GGUF file at `path` (default: the packaged one) into the directory `out`.
 
-    Returns True when it wrote, False when `out` already holds the same import. Raises ImportFailure otherwise.
+    Returns True when it wrote, False when `out` already holds the same import; raises ImportFailure.
     """
     out = Path(out)
     path = Path(path) if path else find_packaged_gguf()
@@ -402,7 +404,7 @@ def import_gguf(out, path=None, dtype="fp32", log=lambda text: None):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="msa.import_gguf", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="directory to write; it must not hold anything else")
-    parser.add_argument("--gguf", help=f"the file to read (default: the one in the package {DEFAULT_PACKAGE})")
+    parser.add_argument("--gguf", help=f"the file to read (default: the one in {DEFAULT_PACKAGE})")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="storage of the weights")
     options = parser.parse_args(arguments)
     try:
