@@ -1,16 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tokenizer as a filter, so that a Python test can hold it against the tokenizers package: tests/python/
-// test_tokenizer.py. Reads the text, or the ids, from standard input.
+// The file layer as a filter, so that Python tests can hold it against the tokenizers and safetensors packages:
+// tests/python/test_tokenizer.py, tests/python/test_safetensors.py. Text or ids come from standard input.
 //   msa_tokenize_tool encode TOKENIZER_JSON [--no-parse-special] [--no-add-special]   ids, one a line
 //   msa_tokenize_tool decode TOKENIZER_JSON [--skip-special] [--stream]               text
 //   msa_tokenize_tool nfc                                                            the text in form NFC
+//   msa_tokenize_tool copy FROM_DIR TO_DIR MAX_SHARD_BYTES                            a checkpoint, read and written
+#include <cstdint>
 #include <iostream>
 #include <iterator>
 #include <string>
 #include <vector>
 
+#include "src/model/files/safetensors.h"
 #include "src/model/files/tokenizer.h"
 #include "src/model/files/unicode_nfc.h"
+
+namespace {
+
+void copy_checkpoint(const std::string& from, const std::string& to, std::uint64_t max_shard_bytes) {
+  const msa::files::CheckpointReader reader = msa::files::CheckpointReader::open(from);
+  std::vector<msa::files::TensorSpec> tensors;
+  for (const std::string& name : reader.names()) tensors.push_back(reader.get(name));
+  msa::files::write_checkpoint(
+      to, tensors, [&](std::size_t i) { return reader.bytes(tensors[i].name); }, {}, max_shard_bytes);
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
@@ -25,6 +40,10 @@ int main(int argc, char** argv) {
   try {
     if (arguments.size() == 1 && arguments[0] == "nfc") {
       std::cout << msa::files::normalize_nfc(input);
+      return 0;
+    }
+    if (arguments.size() == 4 && arguments[0] == "copy") {
+      copy_checkpoint(arguments[1], arguments[2], std::stoull(arguments[3]));
       return 0;
     }
     if (arguments.size() < 2 || (arguments[0] != "encode" && arguments[0] != "decode")) {

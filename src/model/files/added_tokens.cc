@@ -29,15 +29,15 @@ std::size_t previous_character(std::string_view text, std::size_t end) {
 
 }  // namespace
 
-void AddedTokenMatcher::add(const AddedToken& token, const std::string& spelling) {
+void AddedTokenMatcher::add(const AddedToken& token) {
   std::uint32_t node = 0;
-  for (const char c : spelling) {
+  for (const char c : token.content) {
     const std::uint64_t edge = std::uint64_t{node} << 8 | static_cast<unsigned char>(c);
     const auto [place, inserted] = edges_.emplace(edge, static_cast<std::uint32_t>(token_at_.size()));
     if (inserted) token_at_.push_back(-1);
     node = place->second;
   }
-  starts_.set(static_cast<unsigned char>(spelling[0]));
+  starts_.set(static_cast<unsigned char>(token.content[0]));
   if (token_at_[node] < 0) token_at_[node] = static_cast<std::int32_t>(tokens_.size());
   tokens_.push_back(token);
 }

@@ -18,7 +18,7 @@
 namespace msa::files {
 
 struct AddedToken {
-  std::string content;
+  std::string content;       // in normal form when `normalized`
   TokenId id = kNoToken;
   bool single_word = false;  // only between non-word characters
   bool left_strip = false;   // swallows white space before it
@@ -31,8 +31,8 @@ inline constexpr std::size_t kMaxAddedTokenBytes = 512;  // bounds the time a te
 
 class AddedTokenMatcher {
  public:
-  /// The token will be found as `spelling` (its content, normalized or not): 1 to kMaxAddedTokenBytes bytes.
-  void add(const AddedToken& token, const std::string& spelling);
+  /// Content of 1 to kMaxAddedTokenBytes bytes; of two tokens with one content the first is found.
+  void add(const AddedToken& token);
   bool empty() const { return tokens_.empty(); }
 
   /// Walks `text` in order: visit(kNoToken, piece) for text between tokens, visit(id, piece) for a token. With

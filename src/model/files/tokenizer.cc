@@ -212,6 +212,7 @@ void Loader::load_added_tokens(const Json& document) {
     token.special = read_bool(entry, "special", false, where);
     token.normalized = read_bool(entry, "normalized", !token.special, where);
     if (token.content.empty()) continue;  // the tokenizers package passes over them as well
+    if (token.normalized && tables_.normalize_nfc) token.content = normalize_nfc(token.content);
     if (token.id < 0) fail("added_tokens", quote(token.content) + " has no id");
     if (!seen.insert(token.content).second) fail("added_tokens", quote(token.content) + " is listed twice");
 
@@ -231,12 +232,10 @@ void Loader::load_added_tokens(const Json& document) {
     tables_.tokens[token.id].special = token.special;
     tables_.largest_id = std::max(tables_.largest_id, token.id);
 
-    const bool normalize = token.normalized && tables_.normalize_nfc;
-    const std::string spelling = normalize ? normalize_nfc(token.content) : token.content;
-    if (spelling.size() > kMaxAddedTokenBytes) {
+    if (token.content.size() > kMaxAddedTokenBytes) {
       fail("added_tokens", quote(token.content) + " has more than " + std::to_string(kMaxAddedTokenBytes) + " bytes");
     }
-    (token.normalized ? tables_.normalized_added : tables_.raw_added).add(token, spelling);
+    (token.normalized ? tables_.normalized_added : tables_.raw_added).add(token);
   }
 }
 
