@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over selected blocks, forward and backward, on every backend and instruction set: within the tolerance rule
+// of SPEC section 6 of the reference, and the reference's own gradient against finite differences.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "msa/attention.h"
+#include "tests/unit/support/differences.h"
+#include "tests/unit/support/problem.h"
+#include "tests/unit/support/targets.h"
+#include "tests/unit/support/tolerance.h"
+
+namespace msa::testing {
+namespace {
+
+class SparseAttention : public ::testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(Cases, SparseAttention, ::testing::ValuesIn(all_cases()), case_name);
+
+TEST_P(SparseAttention, ForwardIsWithinTheRule) {
+  const Problem problem(GetParam());
+  const Problem wide = problem.as_float32();
+  const AttentionResult exact = run_sparse(reference_context(), wide.sparse_params());
+  const AttentionResult naive = naive_attention(problem.sparse_params());
+  for_each_target(Targets::kAll, [&](const Context& context) {
+    const AttentionResult got = run_sparse(context, problem.sparse_params());
+    expect_within_rule("out", got.out, exact.out, naive.out);
+    expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+  });
+}
+
+TEST_P(SparseAttention, BackwardIsWithinTheRule) {
+  const Problem problem(GetParam());
+  const Problem wide = problem.as_float32();
+  const Tensor dout = make_dout(problem);
+  const Tensor dlse = make_dlse(problem);
+  const AttentionResult wide_forward = run_sparse(reference_context(), wide.sparse_params());
+  for (const Tensor* given : {static_cast<const Tensor*>(nullptr), &dlse}) {
+    SCOPED_TRACE(given == nullptr ? "without dlse" : "with dlse");
+    const AttentionGradients exact =
+        run_sparse_backward(reference_context(), wide.sparse_params(), wide_forward, dout.as(DType::kFloat32), given);
+    const AttentionGradients naive = naive_attention_backward(problem.sparse_params(), dout, given);
+    for_each_target(Targets::kAll, [&](const Context& context) {
+      const AttentionResult forward = run_sparse(context, problem.sparse_params());
+      const AttentionGradients got = run_sparse_backward(context, problem.sparse_params(), forward, dout, given);
+      expect_within_rule("dq", got.dq, exact.dq, naive.dq);
+      expect_within_rule("dk", got.dk, exact.dk, naive.dk);
+      expect_within_rule("dv", got.dv, exact.dv, naive.dv);
+    });
+  }
+}
+
+TEST(SparseAttentionRules, ScaleIsAnArgument) {
+  Problem problem(Case{{4, 2, 32, 16, 16, 16, 2}, {{9, 50}}});
+  for (const double scale : {1.0, 0.01, 0.0, -0.5}) {
+    SCOPED_TRACE(scale);
+    problem.scale = scale;
+    const AttentionResult exact = run_sparse(reference_context(), problem.sparse_params());
+    const AttentionResult naive = naive_attention(problem.sparse_params());
+    for_each_target(Targets::kCpu, [&](const Context& context) {
+      const AttentionResult got = run_sparse(context, problem.sparse_params());
+      expect_within_rule("out", got.out, exact.out, naive.out);
+      expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+    });
+  }
+}
+
+TEST(SparseAttentionRules, LargeLogitsDoNotOverflow) {
+  // Scores of thousands: exp of any of them overflows, of their differences it does not.
+  Problem problem(Case{{4, 2, 64, 32, 16, 16, 3}, {{20, 70}}});
+  Random random(8);
+  problem.q.fill_normal(random, 100);
+  problem.k.fill_normal(random, 100);
+  const AttentionResult exact = run_sparse(reference_context(), problem.sparse_params());
+  const AttentionResult naive = naive_attention(problem.sparse_params());
+  for_each_target(Targets::kCpu, [&](const Context& context) {
+    const AttentionResult got = run_sparse(context, problem.sparse_params());
+    expect_within_rule("out", got.out, exact.out, naive.out);
+    expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+  });
+}
+
+TEST(SparseAttentionRules, RowsWithoutBlocksAreInert) {
+  Problem problem(Case{{4, 2, 32, 48, 16, 16, 2}, {{6, 40}, {3, 3}}});
+  for (const std::int64_t row : {0, 3, 8}) {
+    for (std::int64_t slot = 0; slot < 2; ++slot) problem.blocks.set(-1, 1, row, slot);
+  }
+  const Tensor dout = make_dout(problem);
+  const Tensor dlse = make_dlse(problem);
+  for_each_target(Targets::kAll, [&](const Context& context) {
+    const AttentionResult got = run_sparse(context, problem.sparse_params());
+    const AttentionGradients grads = run_sparse_backward(context, problem.sparse_params(), got, dout, &dlse);
+    for (const std::int64_t row : {0, 3, 8}) {
+      for (std::int64_t head = 2; head < 4; ++head) {
+        EXPECT_EQ(got.lse.at(row, head), -std::numeric_limits<double>::infinity());
+        for (std::int64_t d = 0; d < 48; ++d) EXPECT_EQ(got.out.at(row, head, d), 0);
+        for (std::int64_t d = 0; d < 32; ++d) EXPECT_EQ(grads.dq.at(row, head, d), 0);
+      }
+      EXPECT_TRUE(std::isfinite(got.lse.at(row, 0)));
+    }
+    for (const Tensor* tensor : {&grads.dq, &grads.dk, &grads.dv}) {
+      for (const double value : tensor->values()) ASSERT_TRUE(std::isfinite(value));
+    }
+  });
+}
+
+TEST(SparseAttentionRules, PaddingRowsOfOutputsAreInert) {
+  Case c{{4, 2, 32, 48, 16, 16, 2}, {{6, 40}, {3, 3}}};
+  c.padding_rows = 4;
+  const Problem problem(c);
+  const Tensor dout = make_dout(problem);
+  for_each_target(Targets::kAll, [&](const Context& context) {
+    const AttentionResult got = run_sparse(context, problem.sparse_params());
+    const AttentionGradients grads = run_sparse_backward(context, problem.sparse_params(), got, dout, nullptr);
+    for (std::int64_t i = 0; i < 4; ++i) {
+      for (std::int64_t head = 0; head < 4; ++head) {
+        EXPECT_EQ(got.lse.at(9 + i, head), -std::numeric_limits<double>::infinity());
+        for (std::int64_t d = 0; d < 48; ++d) EXPECT_EQ(got.out.at(9 + i, head, d), 0);
+        for (std::int64_t d = 0; d < 32; ++d) EXPECT_EQ(grads.dq.at(9 + i, head, d), 0);
+      }
+      for (std::int64_t head = 0; head < 2; ++head) {
+        for (std::int64_t d = 0; d < 32; ++d) EXPECT_EQ(grads.dk.at(43 + i, head, d), 0);
+        for (std::int64_t d = 0; d < 48; ++d) EXPECT_EQ(grads.dv.at(43 + i, head, d), 0);
+      }
+    }
+  });
+}
+
+TEST(SparseAttentionRules, PartialResultsMergeByLse) {
+  // Two calls over complementary blocks, merged by their lse, give the call over all of them.
+  Problem problem(Case{{4, 2, 32, 16, 16, 16, 4}, {{5, 64}}});
+  for_each_target(Targets::kAll, [&](const Context& context) {
+    const AttentionResult whole = run_sparse(context, problem.sparse_params());
+    Problem low = problem;
+    Problem high = problem;
+    for (std::int64_t group = 0; group < 2; ++group) {
+      for (std::int64_t row = 0; row < 5; ++row) {
+        for (std::int64_t slot = 2; slot < 4; ++slot) {
+          high.blocks.set(problem.blocks.at(group, row, slot), group, row, slot - 2);
+          high.blocks.set(-1, group, row, slot);
+          low.blocks.set(-1, group, row, slot);
+        }
+      }
+    }
+    const AttentionResult a = run_sparse(context, low.sparse_params());
+    const AttentionResult b = run_sparse(context, high.sparse_params());
+    for (std::int64_t row = 0; row < 5; ++row) {
+      for (std::int64_t head = 0; head < 4; ++head) {
+        const double total = std::log(std::exp(a.lse.at(row, head)) + std::exp(b.lse.at(row, head)));
+        // lse is of order 1 to 8 here: a few float32 roundings of 8.
+        EXPECT_NEAR(total, whole.lse.at(row, head), 16 * 0x1p-24 * 8);
+        for (std::int64_t d = 0; d < 16; ++d) {
+          const double merged = std::exp(a.lse.at(row, head) - total) * a.out.at(row, head, d) +
+                                std::exp(b.lse.at(row, head) - total) * b.out.at(row, head, d);
+          EXPECT_NEAR(merged, whole.out.at(row, head, d), 32 * 0x1p-24 * 8);
+        }
+      }
+    }
+  });
+}
+
+TEST(SparseAttentionRules, TrustedBlocksGiveTheSame) {
+  const Problem problem(Case{{6, 3, 48, 16, 16, 32, 3}, {{9, 150}, {33, 40}}});
+  for_each_target(Targets::kAll, [&](const Context& context) {
+    SparseAttentionParams params = problem.sparse_params();
+    const AttentionResult checked = run_sparse(context, params);
+    params.trusted_blocks = true;
+    const AttentionResult trusted = run_sparse(context, params);
+    expect_same_bytes("out", trusted.out, checked.out);
+    expect_same_bytes("lse", trusted.lse, checked.lse);
+  });
+}
+
+TEST(SparseAttentionReference, GradientEqualsFiniteDifferences) {
+  Problem problem(Case{{4, 2, 16, 32, 16, 16, 2}, {{3, 40}, {2, 2}}});
+  const Tensor dout = make_dout(problem);
+  const Tensor dlse = make_dlse(problem);
+  const auto forward = [&] { return run_sparse(reference_context(), problem.sparse_params()); };
+  const AttentionGradients grads =
+      run_sparse_backward(reference_context(), problem.sparse_params(), forward(), dout, &dlse);
+  const auto loss = [&] { return weigh_outputs(forward(), dout, dlse); };
+  expect_gradient_of(loss, problem.q, grads.dq, "q");
+  expect_gradient_of(loss, problem.k, grads.dk, "k");
+  expect_gradient_of(loss, problem.v, grads.dv, "v");
+}
+
+}  // namespace
+}  // namespace msa::testing

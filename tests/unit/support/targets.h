@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything an operator can run on here: the reference, and the cpu backend once for each instruction set of this
+// machine. A test loops over them with for_each_target(), so that what it expects is worked out once.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "msa/context.h"
+
+namespace msa::testing {
+
+struct Target {
+  std::string name;
+  Context context;
+  std::string instruction_set;  ///< empty: not forced (reference)
+};
+
+enum class Targets {
+  kAll,
+  kCpu,  ///< the cpu backend only, where the reference is what is compared with
+};
+
+inline std::vector<Target> list_targets(Targets which) {
+  std::vector<Target> targets;
+  Context context;
+  context.threads = 2;
+  if (which == Targets::kAll) {
+    context.backend = Backend::kReference;
+    targets.push_back({"reference", context, ""});
+  }
+  context.backend = Backend::kCpu;
+  for (const std::string& set : supported_instruction_sets()) targets.push_back({"cpu/" + set, context, set});
+  return targets;
+}
+
+/// Forces a target's instruction set for as long as it lives.
+class ForcedTarget {
+ public:
+  explicit ForcedTarget(const Target& target) { force_instruction_set(target.instruction_set); }
+  ~ForcedTarget() { force_instruction_set(""); }
+  ForcedTarget(const ForcedTarget&) = delete;
+  ForcedTarget& operator=(const ForcedTarget&) = delete;
+};
+
+template <class Body>
+void for_each_target(Targets which, const Body& body) {
+  for (const Target& target : list_targets(which)) {
+    SCOPED_TRACE(target.name);
+    const ForcedTarget forced(target);
+    body(target.context);
+  }
+}
+
+inline Context reference_context() {
+  Context context;
+  context.backend = Backend::kReference;
+  return context;
+}
+
+}  // namespace msa::testing
