@@ -2,8 +2,8 @@
 """Turns a GGUF file of a Llama-family model into a Hugging Face directory, in full precision.
 
 Every tensor is dequantised, the row order that llama.cpp gives to q and k is undone, and config.json,
-tokenizer.json, tokenizer_config.json and generation_config.json are written from its own metadata. It
-needs `gguf` and `numpy` only. The directory appears whole or not at all. Tested in tests/python/test_import.py.
+tokenizer.json, tokenizer_config.json and generation_config.json are written from its own metadata. It needs
+`gguf` and `numpy` only. The directory appears whole or not at all. Tested in tests/python/test_import.py.
 
     python -m msa.import_gguf --out DIR [--gguf FILE] [--dtype fp32|bf16]
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GGUF import: names, shapes, row order, quantised types, tokenizer, atomicity and errors, on tiny files."""
+"""The GGUF import on tiny files: names, shapes, row order, quantised types, tokenizer, atomicity and errors."""
 
 import importlib.util
 import json
@@ -34,8 +34,8 @@ MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello"]
 def permute_rows(weight, heads):
     """The row order that llama.cpp gives to q and k: rotary pairs (i, i + D/2) become neighbours."""
     dim = weight.shape[0] // heads
-    order = [h * dim + half * (dim // 2) + i for h in range(heads) for i in range(dim // 2) for half in range(2)]
-    return weight[order]
+    half = dim // 2
+    return weight[[h * dim + part * half + i for h in range(heads) for i in range(half) for part in range(2)]]
 
 
 def make_weights(seed=0, output=False, layers=LAYERS):
@@ -131,7 +131,8 @@ def read_safetensors(path):
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        raw = np.frombuffer(data[8 + length + begin : 8 + length + end], "<u2" if entry["dtype"] == "BF16" else "<f4")
+        kind = "<u2" if entry["dtype"] == "BF16" else "<f4"
+        raw = np.frombuffer(data[8 + length + begin : 8 + length + end], kind)
         if entry["dtype"] == "BF16":
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         result[name] = raw.reshape(entry["shape"])
@@ -178,14 +179,18 @@ def test_bf16_rounds_to_nearest_even(tmp_path):
     special = np.float32([0, -0.0, np.inf, -np.inf, 1e-40])
     values = np.concatenate([np.random.default_rng(2).standard_normal(4096).astype(np.float32), special])
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    bits = import_gguf.round_to_bf16(values).astype(np.uint32) << 16
-    np.testing.assert_array_equal(bits.view(np.float32), expected)
-    assert np.isnan((import_gguf.round_to_bf16(np.float32([np.nan])).astype(np.uint32) << 16).view(np.float32)).all()
+
+    def rounded(array):
+        return (import_gguf.round_to_bf16(array).astype(np.uint32) << 16).view(np.float32)
+
+    np.testing.assert_array_equal(rounded(values), expected)
+    assert np.isnan(rounded(np.float32([np.nan]))).all()
     weights = make_weights(2)
     import_gguf.import_gguf(tmp_path / "model", write_gguf(tmp_path / "a.gguf", weights), "bf16")
     loaded = read_safetensors(tmp_path / "model" / "model.safetensors")
     for name, value in weights.items():
-        np.testing.assert_array_equal(loaded[name], torch.from_numpy(value).bfloat16().float().numpy(), err_msg=name)
+        expected = torch.from_numpy(value).bfloat16().float().numpy()
+        np.testing.assert_array_equal(loaded[name], expected, err_msg=name)
 
 
 def test_transformers_computes_the_logits_of_the_original_weights(tmp_path):
