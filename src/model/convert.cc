@@ -328,7 +328,7 @@ void copy_companions(const fs::path& from, const fs::path& to) {
   for (const fs::directory_entry& entry : fs::directory_iterator(from)) {
     const std::string name = entry.path().filename().string();
     const std::string extension = entry.path().extension().string();
-    if (!entry.is_regular_file() || name[0] == '.' || name == "config.json") continue;
+    if (!entry.is_regular_file() || name[0] == '.' || name == "config.json" || name == "msa_conversion.json") continue;
     if (extension == ".safetensors" || name.ends_with(".index.json") || extension == ".bin" || extension == ".pt" ||
         extension == ".pth" || extension == ".gguf" || extension == ".jsonl" || entry.file_size() > kLargest) {
       continue;
@@ -337,7 +337,8 @@ void copy_companions(const fs::path& from, const fs::path& to) {
   }
 }
 
-void write_converted(const Decoder& decoder, const fs::path& from, const fs::path& out, bool replace) {
+void write_converted(const Decoder& decoder, const fs::path& from, const fs::path& out, const std::string& record,
+                     bool replace) {
   std::error_code error;
   const fs::path target = fs::absolute(out).lexically_normal();
   const fs::path final_path = target.has_filename() ? target : target.parent_path();
@@ -379,6 +380,7 @@ void write_converted(const Decoder& decoder, const fs::path& from, const fs::pat
       return {static_cast<const std::byte*>(owned[i].const_data_ptr()), owned[i].nbytes()};
     });
     files::write_text_file(partial / "config.json", files::to_json(decoder.config()));
+    if (!record.empty()) files::write_text_file(partial / "msa_conversion.json", record);
     if (fs::exists(final_path)) {
       const fs::path old = final_path.string() + ".old";
       fs::remove_all(old);

@@ -52,8 +52,9 @@ std::vector<std::int64_t> parse_layers(const std::string& text, std::int64_t cou
 /// of `from` byte for byte under their names, the index tensors in the type of the base's projections, config.json, and
 /// the other files of `from` (tokenizer, licence; no weights). An existing `out` is replaced when `replace` is set,
 /// otherwise an msa::Error names it.
+/// `record` is kept beside them as msa_conversion.json (empty: not written).
 void write_converted(const Decoder& decoder, const std::filesystem::path& from, const std::filesystem::path& out,
-                     bool replace);
+                     const std::string& record, bool replace);
 
 /// Copies what a checkpoint directory holds besides weights and config.json: tokenizer, templates, licence.
 void copy_companions(const std::filesystem::path& from, const std::filesystem::path& to);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <fstream>
-#include <numeric>
+#include <set>
 #include <system_error>
 
 #include "msa/error.h"
@@ -135,6 +135,10 @@ std::size_t line_start_after(const std::string& text, std::size_t at) {
 void Corpus::add_document(const std::string& name, const std::string& text) {
   if (text.size() < kMinDocumentBytes) return;
   const std::string base = fs::path(name).filename().string();
+  static const std::set<std::string> kCode = {".c",  ".cc",   ".cpp", ".cu", ".go", ".h",  ".hh",  ".hpp", ".java",
+                                              ".js", ".json", ".lua", ".py", ".rb", ".rs", ".sh",  ".sql", ".ts",
+                                              ".xml", ".yaml", ".yml"};
+  const bool is_code = kCode.contains(fs::path(name).extension().string());
   std::size_t begin = 0;
   for (std::size_t part = 0; begin < text.size(); ++part) {
     std::size_t end = text.size();
@@ -142,6 +146,7 @@ void Corpus::add_document(const std::string& name, const std::string& text) {
     Unit unit;
     unit.name = base + "#" + std::to_string(part);
     unit.held_out = hash_name(unit.name) % kHeldOutOneIn == 0;
+    unit.is_code = is_code;
     unit.text = text.substr(begin, end - begin);
     units_.push_back(std::move(unit));
     begin = end;
@@ -254,7 +259,7 @@ std::size_t Corpus::bytes(Split split) const {
 }
 
 std::vector<Tokens> Corpus::windows(const Encode& encode, Split split, std::int64_t length, std::int64_t count,
-                                    std::uint64_t seed, std::int64_t separator) const {
+                                    std::uint64_t seed, std::int64_t separator, bool prose) const {
   if (length < 2 || count < 1) throw Error("corpus: windows need a length of at least 2 and a count of at least 1");
   struct Piece {
     const Unit* unit;
@@ -262,10 +267,13 @@ std::vector<Tokens> Corpus::windows(const Encode& encode, Split split, std::int6
   };
   Random random(seed, 0x5eed, split == Split::kHeldOut ? 1 : 0);
   const std::size_t piece_bytes = static_cast<std::size_t>(length) * 4;
+  const auto is_in = [&](const Unit& unit) { return unit.held_out == (split == Split::kHeldOut) && !unit.text.empty(); };
+  const bool without_code =
+      prose && std::any_of(units_.begin(), units_.end(), [&](const Unit& unit) { return is_in(unit) && !unit.is_code; });
   // rounds[r]: the r-th piece of every unit that has one
   std::vector<std::vector<Piece>> rounds;
   for (const Unit& unit : units_) {
-    if (unit.held_out != (split == Split::kHeldOut) || unit.text.empty()) continue;
+    if (!is_in(unit) || (without_code && unit.is_code)) continue;
     std::vector<Piece> pieces;
     std::size_t begin = 0;
     while (begin < unit.text.size()) {

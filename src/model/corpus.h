@@ -44,15 +44,17 @@ class Corpus {
   /// Up to `count` windows of exactly `length` tokens. A window is one or more pieces of documents, whole lines of about
   /// 4 * length bytes each, every piece followed by `separator` (none when negative). Pieces are drawn in a random order
   /// that visits every document before a second piece of one, and no text is used twice: a small corpus gives fewer
-  /// windows than asked for. Encodes what is needed and no more. Throws msa::Error when there is not even one window.
+  /// windows than asked for. With `prose`, program text is left out where there is other text. Encodes what is needed and
+  /// no more. Throws msa::Error when there is not even one window.
   std::vector<Tokens> windows(const Encode& encode, Split split, std::int64_t length, std::int64_t count,
-                              std::uint64_t seed, std::int64_t separator) const;
+                              std::uint64_t seed, std::int64_t separator, bool prose = false) const;
 
  private:
   struct Unit {  // at most kUnitBytes of one document; the grain of the split
     std::string name;
     std::string text;
     bool held_out = false;
+    bool is_code = false;
   };
   void add_document(const std::string& name, const std::string& text);
   void settle_split(const std::string& what);

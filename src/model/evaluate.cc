@@ -169,21 +169,32 @@ EvaluationMode parse_evaluation_mode(const std::string& text) {
 }
 
 std::vector<std::int64_t> spread_budget(const files::ModelConfig& config, double budget, std::int64_t context) {
-  double sum = 0;
-  std::int64_t sparse = 0;
+  std::vector<std::size_t> free;  // layers not yet at a limit
   for (std::size_t layer = 0; layer < config.layer_types.size(); ++layer) {
-    if (config.layer_types[layer] != files::AttentionType::kSparse) continue;
-    sum += static_cast<double>(config.index_topk_blocks.at(layer));
-    ++sparse;
+    if (config.layer_types[layer] == files::AttentionType::kSparse) free.push_back(layer);
   }
-  if (sparse == 0) throw Error("budget: the model has no sparse layers");
-  const double blocks = budget * static_cast<double>(context) / static_cast<double>(config.index_block_size);
-  const double factor = blocks * static_cast<double>(sparse) / sum;
+  if (free.empty()) throw Error("budget: the model has no sparse layers");
   std::vector<std::int64_t> topk(config.layer_types.size(), 0);
-  for (std::size_t layer = 0; layer < topk.size(); ++layer) {
-    if (config.layer_types[layer] != files::AttentionType::kSparse) continue;
-    const double wanted = std::round(static_cast<double>(config.index_topk_blocks[layer]) * factor);
-    topk[layer] = static_cast<std::int64_t>(std::clamp(wanted, 1.0, static_cast<double>(kMaxTopk)));
+  double left = budget * static_cast<double>(context) / static_cast<double>(config.index_block_size) *
+                static_cast<double>(free.size());
+  // A layer that its share would take beyond a limit gets the limit; the others share what is left.
+  for (bool again = true; again && !free.empty();) {
+    again = false;
+    double sum = 0;
+    for (const std::size_t layer : free) sum += static_cast<double>(config.index_topk_blocks.at(layer));
+    const double factor = left / sum;
+    std::vector<std::size_t> still_free;
+    for (const std::size_t layer : free) {
+      const double wanted = std::round(static_cast<double>(config.index_topk_blocks[layer]) * factor);
+      topk[layer] = static_cast<std::int64_t>(std::clamp(wanted, 1.0, static_cast<double>(kMaxTopk)));
+      if (wanted > static_cast<double>(kMaxTopk)) {
+        left -= static_cast<double>(topk[layer]);
+        again = true;
+      } else {
+        still_free.push_back(layer);
+      }
+    }
+    free = std::move(still_free);
   }
   return topk;
 }

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include <cmath>
+#include <map>
 
 #include "msa/error.h"
 
@@ -28,25 +29,26 @@ void AdamW::zero_grad() {
   for (Slot& slot : slots_) slot.parameter.mutable_grad() = at::Tensor();
 }
 
-double AdamW::gradient_norm() const {
+double AdamW::clip_gradients(double clip, const std::function<std::string(const std::string&)>& group) {
   const at::NoGradGuard no_grad;
-  double sum = 0;
+  std::map<std::string, double> squares;
+  double total = 0;
+  const auto group_of = [&](const Slot& slot) { return group ? group(slot.name) : std::string(); };
   for (const Slot& slot : slots_) {
     if (!slot.parameter.grad().defined()) continue;
     const double norm = slot.parameter.grad().to(at::kFloat).norm().item<double>();
     if (!std::isfinite(norm)) {
-      throw Error("training: the gradient of " + slot.name + " is not finite; lower the learning rate or clip harder");
+      throw Error("training: the gradient of " + slot.name + " is not finite; lower the learning rate");
     }
-    sum += norm * norm;
+    squares[group_of(slot)] += norm * norm;
+    total += norm * norm;
   }
-  return std::sqrt(sum);
-}
-
-void AdamW::scale_gradients(double factor) {
-  const at::NoGradGuard no_grad;
   for (Slot& slot : slots_) {
-    if (slot.parameter.grad().defined()) slot.parameter.mutable_grad().mul_(factor);
+    if (!slot.parameter.grad().defined() || clip <= 0) continue;
+    const double norm = std::sqrt(squares[group_of(slot)]);
+    if (norm > clip) slot.parameter.mutable_grad().mul_(clip / norm);
   }
+  return std::sqrt(total);
 }
 
 void AdamW::step(const std::function<double(const std::string&)>& learning_rate) {

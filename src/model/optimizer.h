@@ -30,10 +30,10 @@ class AdamW {
 
   /// Sets every gradient to undefined, so that a parameter a step never reached is told from one with gradient 0.
   void zero_grad();
-  /// Euclidean norm over all gradients, in float64. Throws msa::Error when it is not finite (naming a parameter).
-  double gradient_norm() const;
-  /// Multiplies the gradients.
-  void scale_gradients(double factor);
+  /// Scales gradients down to a Euclidean norm of at most `clip` (0: leaves them), over all parameters or over each group
+  /// of those that `group` gives the same name; returns the norm over all, before. Throws msa::Error naming a parameter
+  /// whose gradient is not finite.
+  double clip_gradients(double clip, const std::function<std::string(const std::string&)>& group = {});
   /// One update with a learning rate a parameter (asked by name). Parameters without a gradient stay, moments and all.
   void step(const std::function<double(const std::string&)>& learning_rate);
 

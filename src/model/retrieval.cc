@@ -81,7 +81,51 @@ std::string make_value(Random& random) {
   }
 }
 
+std::string render_plainly(const std::vector<ChatMessage>& messages, bool open) {
+  std::string text;
+  for (const ChatMessage& message : messages) text += message.role + ": " + message.content + "\n\n";
+  if (open) text += "assistant: ";
+  return text;
+}
+
 }  // namespace
+
+TextTools make_text_tools(const files::Tokenizer& tokenizer, const std::string& directory) {
+  TextTools tools;
+  const auto encode_with = [tokenizer](bool special) {
+    return [tokenizer, special](std::string_view text) {
+      const std::vector<std::int32_t> ids =
+          tokenizer.encode(text, {.add_special_tokens = false, .parse_special_tokens = special});
+      return Tokens(ids.begin(), ids.end());
+    };
+  };
+  tools.encode = encode_with(false);
+  tools.encode_special = encode_with(true);
+  tools.render_chat = render_plainly;
+  const files::TokenizerSettings settings = files::load_tokenizer_settings(directory);
+  if (settings.chat_template.empty()) return tools;
+  try {
+    const files::ChatTemplate chat = files::ChatTemplate::detect(tokenizer, settings);
+    tools.render_chat = [chat](const std::vector<ChatMessage>& messages, bool open) {
+      return chat.render_chat(messages, open);
+    };
+  } catch (const Error&) {  // a template of another layout: the paragraphs above do
+  }
+  return tools;
+}
+
+TextTools make_byte_tools() {
+  TextTools tools;
+  tools.encode = [](std::string_view text) {
+    Tokens tokens;
+    tokens.reserve(text.size());
+    for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+    return tokens;
+  };
+  tools.encode_special = tools.encode;
+  tools.render_chat = render_plainly;
+  return tools;
+}
 
 ChatFrame frame_chat(const TextTools& tools, const std::string& intro, std::vector<ChatMessage> messages,
                      bool open_answer, const std::string& answer_start) {

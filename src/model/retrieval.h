@@ -11,14 +11,13 @@
 #include <vector>
 
 #include "src/model/corpus.h"
+#include "src/model/files/chat_template.h"
+#include "src/model/files/tokenizer.h"
 #include "src/model/train_random.h"
 
 namespace msa::model {
 
-struct ChatMessage {
-  std::string role;     // "system", "user", "assistant"
-  std::string content;
-};
+using files::ChatMessage;
 
 /// What a document is made with, so that this code knows no tokenizer.
 struct TextTools {
@@ -27,6 +26,11 @@ struct TextTools {
   /// Renders a conversation; the flag asks for the opening of the assistant's turn at the end.
   std::function<std::string(const std::vector<ChatMessage>&, bool)> render_chat;
 };
+
+/// Of a checkpoint directory's tokenizer. Without a chat template that is understood, a conversation is plain paragraphs.
+TextTools make_text_tools(const files::Tokenizer& tokenizer, const std::string& directory);
+/// Bytes as tokens, for models made from scratch without a tokenizer.
+TextTools make_byte_tools();
 
 /// A rendered conversation whose first user message begins with a long text: what comes before the text and after it.
 struct ChatFrame {

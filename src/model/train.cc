@@ -314,25 +314,17 @@ CachedWindow Run::capture(const TokenWindow& window, const std::vector<std::int3
   return cached;
 }
 
-// Rows whose queries are kept. Of a retrieval document three in four come from its questions and answers.
+// Rows whose queries are kept. Of a retrieval document seven in ten come from its questions and answers, however few
+// rows these have.
 std::vector<std::int32_t> Run::choose_pool(const TokenWindow& window, std::size_t id) const {
   const auto length = static_cast<std::int64_t>(window.tokens.size());
   Random random(options_.seed, kPoolStream, id);
   const std::int64_t wanted = std::min(length, options_.rows * kPoolFactor);
   if (window.tail_begin < 0) return random.sample(length, wanted);
   const std::int64_t tail = length - window.tail_begin;
-  std::vector<std::int32_t> from_tail = random.sample(tail, wanted * 3 / 4);
-  std::vector<std::int32_t> pool =
-      random.sample(window.tail_begin, wanted - static_cast<std::int64_t>(from_tail.size()));
-  // A short tail would be a small share of the pool: fewer of the other rows then.
-  pool = [&] {
-    const auto keep = static_cast<std::int64_t>(std::max<std::size_t>(from_tail.size() / 3, 1));
-    std::vector<std::int32_t> kept;
-    for (const std::int32_t i : random.sample(static_cast<std::int64_t>(pool.size()), keep)) {
-      kept.push_back(pool[static_cast<std::size_t>(i)]);
-    }
-    return kept;
-  }();
+  const std::vector<std::int32_t> from_tail = random.sample(tail, wanted * 7 / 10);
+  const std::int64_t others = std::max<std::int64_t>(1, static_cast<std::int64_t>(from_tail.size()) * 3 / 7);
+  std::vector<std::int32_t> pool = random.sample(window.tail_begin, others);
   for (const std::int32_t row : from_tail) pool.push_back(row + static_cast<std::int32_t>(window.tail_begin));
   return pool;
 }
@@ -612,10 +604,10 @@ TrainResult Run::execute() {
     if (!std::isfinite(record.loss)) {
       throw Error("train: the loss of step " + std::to_string(step_ + 1) + " is not finite; lower the learning rate");
     }
-    record.gradient_norm = optimizer_->gradient_norm();
-    if (options_.clip > 0 && record.gradient_norm > options_.clip) {
-      optimizer_->scale_gradients(options_.clip / record.gradient_norm);
-    }
+    // The index branches of a frozen model are independent of each other: so is their clipping.
+    const auto layer_of = [](const std::string& name) { return name.substr(0, name.find(".self_attn.")); };
+    record.gradient_norm = options_.freeze_backbone ? optimizer_->clip_gradients(options_.clip, layer_of)
+                                                    : optimizer_->clip_gradients(options_.clip);
     optimizer_->step([&](const std::string& name) {
       return Decoder::is_index_parameter(name) ? record.index_learning_rate : record.learning_rate;
     });

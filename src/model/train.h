@@ -43,7 +43,7 @@ struct TrainOptions {
   Schedule schedule = Schedule::kCosine;  ///< over all steps of all stages
   std::int64_t warmup_steps = 0;
   double min_factor = 0.0;  ///< of the peak learning rates, at the end
-  double clip = 1.0;        ///< of the gradient's norm; 0: none
+  double clip = 1.0;        ///< of the gradient's norm, with a frozen backbone of each layer's; 0: none
   AdamWOptions adamw;
   std::int64_t batch = 1;       ///< windows a micro-batch
   std::int64_t accumulate = 1;  ///< micro-batches a step
