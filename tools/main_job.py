@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -98,6 +96,10 @@ class Job:
                 sys.stdout.buffer.flush()
         return b"".join(pieces).decode(errors="replace")
 
+    def forget(self, name):
+        """Makes the next run take up this step again."""
+        (self.steps / f"{name}.json").unlink(missing_ok=True)
+
     def result(self, name):
         return json.loads(self.records[name]["output"])
 
@@ -158,9 +160,13 @@ def run_steps(job, options):
              [msa, "train", "--model", initial, "--out", model, "--stage", "warmup,sparse", "--freeze-backbone", "--json",
               *data, *TRAIN_FLAGS, *options.train_flags],
              ["msa/config.json"])
+    if not job.result("train")["finished"]:
+        job.forget("train")
+        raise KeyboardInterrupt
     job.step("eval", f"Evaluate at {options.context} tokens: dense, MSA at 1/4 and 1/8, and two baselines at 1/8",
              [msa, "eval", "--model", model, "--baseline", initial, "--context", options.context, "--windows", options.windows,
-              "--attention", "dense,sparse@1/4,sparse@1/8,window@1/8,oracle@1/8", "--maps", out / "maps.json", "--json", *data],
+              "--attention", "dense,sparse@1/4,sparse@1/8,window@1/8,oracle@1/8", "--maps", out / "maps.json",
+              "--map-layers", options.map_layers, "--json", *data],
              ["maps.json"])
     document = make_document(out, options.data, options.document_characters)
     job.step("generate", f"Answer a question about a document of {document.stat().st_size // 1000} KB, sparse prefill and decode",
@@ -243,6 +249,7 @@ def parse_options():
     parser.add_argument("--passkey-lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 4096, 8192])
     parser.add_argument("--trials", type=int, default=10, help="passkey trials a length")
     parser.add_argument("--document-characters", type=int, default=16000)
+    parser.add_argument("--map-layers", default="0,7,15,23", help="layers whose selections the report shows")
     parser.add_argument("--train-flags", type=str.split, default=[], help="further flags of msa train, one string")
     options = parser.parse_args()
     if options.data and not pathlib.Path(options.data).exists():
