@@ -23,36 +23,12 @@
 #include "src/cpu/attention_backward_problem.h"
 #include "src/cpu/block_walk.h"
 #include "src/cpu/key_tile-inl.h"
+#include "src/cpu/row_ops-inl.h"
 #include "src/cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
-
-inline HWY_ATTR float dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, std::int64_t count) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  auto sum = hn::Zero(df);
-  for (std::int64_t i = 0; i < count; i += lanes) sum = hn::MulAdd(hn::LoadU(df, a + i), hn::LoadU(df, b + i), sum);
-  return hn::GetLane(hn::SumOfLanes(df, sum));
-}
-
-/// out[0, count) += in, count a multiple of 16.
-inline HWY_ATTR void add_row(const float* HWY_RESTRICT in, std::int64_t count, float* HWY_RESTRICT out) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  for (std::int64_t i = 0; i < count; i += lanes) {
-    hn::StoreU(hn::Add(hn::LoadU(df, out + i), hn::LoadU(df, in + i)), df, out + i);
-  }
-}
-
-/// row[0, count) *= factor, count a multiple of 16.
-inline HWY_ATTR void scale_row(float factor, std::int64_t count, float* HWY_RESTRICT row) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  const auto f = hn::Set(df, factor);
-  for (std::int64_t i = 0; i < count; i += lanes) hn::StoreU(hn::Mul(hn::LoadU(df, row + i), f), df, row + i);
-}
 
 /// scores = P and grads = dS, from S and dP; `term` is dlse - rowsum(dO O). Columns that the row does not see get
 /// meaningless values: nobody reads them.
@@ -68,18 +44,6 @@ inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, float 
     hn::StoreU(p, df, scores + j);
     hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), offset)), df, grads + j);
   }
-}
-
-inline const std::byte* head_row(const ConstTensorView& tensor, std::int64_t row, std::int64_t head) {
-  return tensor.data +
-         (row * tensor.stride(0) + head * tensor.stride(1)) * static_cast<std::int64_t>(dtype_size(tensor.dtype));
-}
-inline std::byte* head_row(const TensorView& tensor, std::int64_t row, std::int64_t head) {
-  return tensor.data +
-         (row * tensor.stride(0) + head * tensor.stride(1)) * static_cast<std::int64_t>(dtype_size(tensor.dtype));
-}
-inline float read_float(const ConstTensorView& tensor, std::int64_t row, std::int64_t head) {
-  return *reinterpret_cast<const float*>(head_row(tensor, row, head));
 }
 
 /// dlse - rowsum(dO O) of the rows of a chunk and group, into terms[row * query_heads + head]; `out_grads` holds their dO.
