@@ -9,6 +9,8 @@
 #define MSA_CPU_KEY_TILE_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -20,6 +22,17 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
+// Asks for row `position` of a block while the rows before it are copied: rows are short and lie a stride apart (kv_heads
+// rows, or pages), which hardware prefetchers do not follow. 8 rows ahead keep about as many lines in flight as a core can.
+inline constexpr std::int64_t kPrefetchRows = 8;
+inline void prefetch_row(const core::KeyRows& rows, DType dtype, std::int64_t sequence, std::int64_t head,
+                         std::int64_t position, std::int64_t dim) {
+  const std::byte* row = rows.row(sequence, position, head);
+  const std::int64_t bytes = dim * static_cast<std::int64_t>(dtype_size(dtype));
+  constexpr std::int64_t kLine = 64;
+  for (std::int64_t at = 0; at < bytes; at += kLine) hwy::Prefetch(row + at);
+}
+
 /// out[d * out_stride + j] = element d of key first + j, j < count; the columns up to padded_columns(count) become 0.
 inline HWY_ATTR void load_keys_transposed(const core::KeyRows& keys, DType dtype, std::int64_t sequence,
                                           std::int64_t head, std::int64_t first, std::int64_t count,
@@ -29,6 +42,9 @@ inline HWY_ATTR void load_keys_transposed(const core::KeyRows& keys, DType dtype
   for (std::int64_t j = 0; j < count; j += kRowsAtOnce) {
     const std::int64_t rows_here = std::min(kRowsAtOnce, count - j);
     for (std::int64_t i = 0; i < rows_here; ++i) {
+      if (j + i + kPrefetchRows < count) {
+        prefetch_row(keys, dtype, sequence, head, first + j + i + kPrefetchRows, head_dim);
+      }
       load_row(keys.row(sequence, first + j + i, head), dtype, head_dim, rows + i * head_dim);
     }
     transpose(rows, head_dim, rows_here, head_dim, out + j, out_stride);
@@ -45,6 +61,9 @@ inline HWY_ATTR void load_value_rows(const core::KeyRows& values, DType dtype, s
                                      std::int64_t head, std::int64_t first, std::int64_t count,
                                      std::int64_t value_dim, float* HWY_RESTRICT out, std::int64_t out_stride) {
   for (std::int64_t j = 0; j < count; ++j) {
+    if (j + kPrefetchRows < count) {
+      prefetch_row(values, dtype, sequence, head, first + j + kPrefetchRows, value_dim);
+    }
     load_row(values.row(sequence, first + j, head), dtype, value_dim, out + j * out_stride);
   }
 }

@@ -27,19 +27,25 @@ inline HWY_ATTR float scale_and_max(float* HWY_RESTRICT row, std::int64_t count,
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto factor = hn::Set(df, scale);
+  // Two running maxima, because each waits for the one before; the largest number is the same in any order.
   auto best = hn::Set(df, kNegativeInfinity);
+  auto second = best;
   std::int64_t j = 0;
-  for (; j + lanes <= count; j += lanes) {
+  for (; j + 2 * lanes <= count; j += 2 * lanes) {
     const auto x = hn::Mul(hn::LoadU(df, row + j), factor);
+    const auto y = hn::Mul(hn::LoadU(df, row + j + lanes), factor);
     hn::StoreU(x, df, row + j);
+    hn::StoreU(y, df, row + j + lanes);
     best = max_number(x, best);
+    second = max_number(y, second);
   }
-  if (j < count) {
+  for (; j < count; j += lanes) {
     const auto mask = hn::FirstN(df, static_cast<std::size_t>(count - j));
     const auto x = hn::Mul(hn::LoadU(df, row + j), factor);
     hn::StoreU(x, df, row + j);
     best = max_number(hn::IfThenElse(mask, x, best), best);
   }
+  best = max_number(second, best);
   return hn::GetLane(hn::MaxOfLanes(df, best));
 }
 
