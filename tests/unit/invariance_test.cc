@@ -288,7 +288,8 @@ TEST(InvarianceOfLayout, StridesChangeNothing) {
 TEST(InvarianceOfDecode, ADecodeStepEqualsItsPrefillRow) {
   // Every row of a prefill, decoded one by one through pages.
   const Problem prefill(Case{{4, 2, 32, 16, 32, 16, 2}, {{70, 70}}, DType::kBFloat16, DType::kBFloat16});
-  for_each_target(Targets::kCpu, [&](const Context& context) {
+  for_each_target(Targets::kCpu, [&](Context context) {
+    context.threads = 1;
     const Tensor blocks = run_select(context, prefill.select_params());
     Problem selected = prefill;
     selected.blocks = blocks;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plans of the cpu backend as pure functions: every query in exactly one chunk, scratch memory inside the limit, parts of a
-// worker's scratch apart from each other, and an error that names the bytes when nothing fits.
+// Plans of the cpu backend as pure functions: every query in exactly one chunk, scratch memory inside the limit, parts
+// of a worker's scratch apart from each other, and an error that names the bytes when nothing fits.
 #include "src/cpu/plan.h"
 
 #include <gtest/gtest.h>
@@ -106,8 +106,8 @@ TEST(LayOutAttention, KeepsPartsApart) {
       EXPECT_GE(at.members - at.visits, chunk * 7 * 2);  // two floats a 64-bit pair
       EXPECT_GE(at.seen - at.members, chunk);
       EXPECT_GE(at.end - at.seen, chunk);
-      for (const std::int64_t part : {at.sums, at.largest, at.totals, at.keys, at.values, at.scores, at.visits,
-                                      at.members, at.seen, at.end}) {
+      for (const std::int64_t part :
+           {at.sums, at.largest, at.totals, at.keys, at.values, at.scores, at.visits, at.members, at.seen, at.end}) {
         EXPECT_EQ(part % 16, 0);  // cache lines
       }
     }

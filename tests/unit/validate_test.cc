@@ -18,7 +18,16 @@ namespace {
 const Geometry kGeometry = {4, 2, 32, 48, 16, 16, 3};
 
 // A valid problem: two sequences, one with a prefix.
-Problem make_problem() { return Problem(Case{kGeometry, {{5, 5}, {3, 70}}}); }
+Problem make_problem() {
+  static const Problem problem(Case{kGeometry, {{5, 5}, {3, 70}}});
+  return problem;
+}
+
+Context one_thread() {
+  Context context;
+  context.threads = 1;
+  return context;
+}
 
 void expect_error(const std::string& op, const std::string& argument, const std::function<void()>& call) {
   const std::string start = op + ": " + argument + ": ";
@@ -70,7 +79,7 @@ struct SelectCall {
   SelectBlocksParams params = problem.select_params();
   Tensor blocks = Tensor(DType::kInt32, {2, 8, 3});
   TensorView out = blocks.view();
-  void operator()() const { select_blocks(Context(), params, out); }
+  void operator()() const { select_blocks(one_thread(), params, out); }
 };
 
 struct OracleCall {
@@ -78,7 +87,7 @@ struct OracleCall {
   OracleBlocksParams params = problem.oracle_params();
   Tensor blocks = Tensor(DType::kInt32, {2, 8, 3});
   TensorView out = blocks.view();
-  void operator()() const { select_blocks_oracle(Context(), params, out); }
+  void operator()() const { select_blocks_oracle(one_thread(), params, out); }
 };
 
 struct SparseCall {
@@ -88,7 +97,7 @@ struct SparseCall {
   Tensor lse_tensor = Tensor(DType::kFloat32, {8, 4});
   TensorView out = out_tensor.view();
   TensorView lse = lse_tensor.view();
-  void operator()() const { sparse_attention(Context(), params, out, lse); }
+  void operator()() const { sparse_attention(one_thread(), params, out, lse); }
 };
 
 struct DenseCall {
@@ -98,14 +107,14 @@ struct DenseCall {
   Tensor lse_tensor = Tensor(DType::kFloat32, {8, 4});
   TensorView out = out_tensor.view();
   TensorView lse = lse_tensor.view();
-  void operator()() const { dense_attention(Context(), params, out, lse); }
+  void operator()() const { dense_attention(one_thread(), params, out, lse); }
 };
 
 struct BackwardCall {
   Problem problem = make_problem();
   SparseAttentionParams params = problem.sparse_params();
   DenseAttentionParams dense_params = problem.dense_params();
-  AttentionResult forward = run_sparse(reference_context(), params);
+  AttentionResult forward{Tensor(DType::kFloat32, {8, 4, 48}), Tensor(DType::kFloat32, {8, 4})};  // contents do not matter
   Tensor dout = make_dout(problem);
   Tensor dlse = make_dlse(problem);
   AttentionSaved saved{forward.out.view(), forward.lse.view(), dout.view(), dlse.view()};
@@ -113,8 +122,8 @@ struct BackwardCall {
   Tensor dk = Tensor(DType::kFloat32, {75, 2, 32});
   Tensor dv = Tensor(DType::kFloat32, {75, 2, 48});
   AttentionGrads grads{dq.view(), dk.view(), dv.view()};
-  void operator()() const { sparse_attention_backward(Context(), params, saved, grads); }
-  void dense() const { dense_attention_backward(Context(), dense_params, saved, grads); }
+  void operator()() const { sparse_attention_backward(one_thread(), params, saved, grads); }
+  void dense() const { dense_attention_backward(one_thread(), dense_params, saved, grads); }
 };
 
 struct KlCall {
@@ -132,14 +141,14 @@ struct KlCall {
   Tensor dk_idx = Tensor(DType::kFloat32, {75, 16});
   TensorView dq = dq_idx.view();
   TensorView dk = dk_idx.view();
-  void operator()() const { index_kl(Context(), params, saved); }
-  void backward() const { index_kl_backward(Context(), params, saved, 1, dq, dk); }
+  void operator()() const { index_kl(one_thread(), params, saved); }
+  void backward() const { index_kl_backward(one_thread(), params, saved, 1, dq, dk); }
 };
 
 struct RecallCall {
   Problem problem = make_problem();
   SelectionRecallParams params = problem.recall_params();
-  void operator()() const { selection_recall(Context(), params); }
+  void operator()() const { selection_recall(one_thread(), params); }
 };
 
 // Breaks one thing of a fresh call and expects the error.
@@ -431,24 +440,19 @@ TEST(Validate, SelectionRecall) {
 
 TEST(Validate, Pages) {
   const Problem problem = make_problem();
-  struct Calls {
-    explicit Calls(const Problem& of, std::int64_t page) : paged(of, page) {}
-    PagedProblem paged;
-  };
   // Sequence 0 has one page of 32, sequence 1 three; max_pages is five, there are seven pages.
   const auto refuse = [&](const char* argument, const std::function<void(PagedProblem&)>& break_it) {
     PagedProblem paged(problem, 32);
     break_it(paged);
-    const Tensor blocks(DType::kInt32, {2, 8, 3});
-    expect_error("select_blocks", argument, [&] { run_select(Context(), paged.select_params()); });
-    expect_error("sparse_attention", argument, [&] { run_sparse(Context(), paged.sparse_params()); });
-    expect_error("dense_attention", argument, [&] { run_dense(Context(), paged.dense_params()); });
-    expect_error("index_kl", argument, [&] { run_kl(Context(), paged.kl_params(false)); });
-    expect_error("selection_recall", argument, [&] { selection_recall(Context(), paged.recall_params()); });
+    expect_error("select_blocks", argument, [&] { run_select(one_thread(), paged.select_params()); });
+    expect_error("sparse_attention", argument, [&] { run_sparse(one_thread(), paged.sparse_params()); });
+    expect_error("dense_attention", argument, [&] { run_dense(one_thread(), paged.dense_params()); });
+    expect_error("index_kl", argument, [&] { run_kl(one_thread(), paged.kl_params(false)); });
+    expect_error("selection_recall", argument, [&] { selection_recall(one_thread(), paged.recall_params()); });
   };
   {
     const PagedProblem paged(problem, 32);
-    EXPECT_NO_THROW(run_sparse(Context(), paged.sparse_params()));
+    EXPECT_NO_THROW(run_sparse(one_thread(), paged.sparse_params()));
     ASSERT_EQ(paged.max_pages, 5);
     ASSERT_EQ(paged.k.size(0), 7);
   }
@@ -469,19 +473,19 @@ TEST(Validate, Pages) {
   for (const std::int64_t page : {8, 24, 40}) {
     SCOPED_TRACE("page of " + std::to_string(page));
     const PagedProblem paged(problem, page);
-    expect_error("select_blocks", "k_idx", [&] { run_select(Context(), paged.select_params()); });
-    expect_error("sparse_attention", "k", [&] { run_sparse(Context(), paged.sparse_params()); });
-    EXPECT_NO_THROW(run_dense(Context(), paged.dense_params()));
+    expect_error("select_blocks", "k_idx", [&] { run_select(one_thread(), paged.select_params()); });
+    expect_error("sparse_attention", "k", [&] { run_sparse(one_thread(), paged.sparse_params()); });
+    EXPECT_NO_THROW(run_dense(one_thread(), paged.dense_params()));
   }
   // Key-side tensors that disagree about the pages.
   const PagedProblem paged(problem, 32);
   const PagedProblem other(problem, 64);
   SparseAttentionParams params = paged.sparse_params();
   params.v = other.v.view();
-  expect_error("sparse_attention", "v", [&] { run_sparse(Context(), params); });
+  expect_error("sparse_attention", "v", [&] { run_sparse(one_thread(), params); });
   params = paged.sparse_params();
   params.k = problem.k.view();  // packed keys in a paged batch
-  expect_error("sparse_attention", "k", [&] { run_sparse(Context(), params); });
+  expect_error("sparse_attention", "k", [&] { run_sparse(one_thread(), params); });
 }
 
 TEST(Validate, ErrorsOfTheWorkspace) {

@@ -23,14 +23,18 @@ enum class Targets {
   kCpu,  ///< the cpu backend only, where the reference is what is compared with
 };
 
+inline Context reference_context() {
+  Context context;
+  context.threads = 1;
+  context.backend = Backend::kReference;
+  return context;
+}
+
 inline std::vector<Target> list_targets(Targets which) {
   std::vector<Target> targets;
+  if (which == Targets::kAll) targets.push_back({"reference", reference_context(), ""});
   Context context;
   context.threads = 2;
-  if (which == Targets::kAll) {
-    context.backend = Backend::kReference;
-    targets.push_back({"reference", context, ""});
-  }
   context.backend = Backend::kCpu;
   for (const std::string& set : supported_instruction_sets()) targets.push_back({"cpu/" + set, context, set});
   return targets;
@@ -52,12 +56,6 @@ void for_each_target(Targets which, const Body& body) {
     const ForcedTarget forced(target);
     body(target.context);
   }
-}
-
-inline Context reference_context() {
-  Context context;
-  context.backend = Backend::kReference;
-  return context;
 }
 
 }  // namespace msa::testing

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "src/core/float_convert.h"
@@ -53,23 +54,31 @@ double resolve(const std::optional<double>& scale, std::int64_t dim) {
   return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(dim));
 }
 
-// Sums over rows in float32, rounded at the end by writing them into a tensor of the storage type.
-void add_row(Tensor& sums, const Floats& row, float factor, std::int64_t i, std::int64_t j) {
-  for (std::size_t d = 0; d < row.size(); ++d) {
-    const auto column = static_cast<std::int64_t>(d);
-    if (sums.shape().size() == 3) {
-      sums.set(static_cast<float>(sums.at(i, j, column)) + factor * row[d], i, j, column);
-    } else {
-      sums.set(static_cast<float>(sums.at(i, column)) + factor * row[d], i, column);
-    }
-  }
-}
+// Sums over rows in float32, for a tensor [tokens, heads, dim] or [tokens, dim].
+class Sums {
+ public:
+  explicit Sums(const ConstTensorView& like)
+      : shape_(like.shape.begin(), like.shape.begin() + like.rank),
+        heads_(like.rank == 3 ? like.size(1) : 1),
+        values_(static_cast<std::size_t>(like.elements()), 0.0f) {}
 
-Tensor zeros_like(const ConstTensorView& view) {
-  Tensor result(DType::kFloat32, {view.shape.begin(), view.shape.begin() + view.rank});
-  result.fill(0);
-  return result;
-}
+  void add(const Floats& row, float factor, std::int64_t token, std::int64_t head) {
+    float* sum = values_.data() + (token * heads_ + head) * static_cast<std::int64_t>(row.size());
+    for (std::size_t d = 0; d < row.size(); ++d) sum[d] += factor * row[d];
+  }
+
+  /// Rounded to the storage type.
+  Tensor round(DType dtype) const {
+    Tensor result(DType::kFloat32, shape_, Layout::kContiguous);
+    if (!values_.empty()) std::memcpy(result.view().data, values_.data(), values_.size() * sizeof(float));
+    return result.as(dtype);
+  }
+
+ private:
+  std::vector<std::int64_t> shape_;
+  std::int64_t heads_;
+  Floats values_;
+};
 
 struct NaiveRow {
   Floats teacher;
@@ -196,7 +205,9 @@ AttentionGradients naive_attention_backward(const SparseAttentionParams& params,
   const std::int64_t group_size = params.q.size(1) / params.k.size(1);
   const double scale = resolve(params.scale, params.q.size(2));
   const AttentionResult forward = naive_attention(params);
-  AttentionGradients grads{zeros_like(params.q), zeros_like(params.k), zeros_like(params.v)};
+  Sums dq(params.q);
+  Sums dk(params.k);
+  Sums dv(params.v);
   reference::for_each_query(params.batch, [&](const Query& query) {
     const std::int64_t first_key = params.batch.cu_seqlens_k[static_cast<std::size_t>(query.sequence)];
     for (std::int64_t head = 0; head < params.q.size(1); ++head) {
@@ -214,13 +225,13 @@ AttentionGradients naive_attention_backward(const SparseAttentionParams& params,
         const float dp = round_to(storage, dot_float(d_out, v));
         const float ds = round_to(storage, p.p[i] * (dp - delta + d_lse));
         const float factor = static_cast<float>(scale) * ds;
-        add_row(grads.dq, k, factor, query.row, head);
-        add_row(grads.dk, q, factor, first_key + support[i], group);
-        add_row(grads.dv, d_out, p.p[i], first_key + support[i], group);
+        dq.add(k, factor, query.row, head);
+        dk.add(q, factor, first_key + support[i], group);
+        dv.add(d_out, p.p[i], first_key + support[i], group);
       }
     }
   });
-  return {grads.dq.as(storage), grads.dk.as(storage), grads.dv.as(storage)};
+  return {dq.round(storage), dk.round(storage), dv.round(storage)};
 }
 
 KlResult naive_kl(const IndexKlParams& params) {
@@ -260,7 +271,8 @@ KlGradients naive_kl_backward(const IndexKlParams& params, float grad_output) {
   const DType storage = params.q_idx.dtype;
   const auto rows = static_cast<float>(core::total_queries(params.batch) * params.q_idx.size(1));
   const auto index_scale = static_cast<float>(resolve(params.index_scale, params.q_idx.size(2)));
-  KlGradients grads{zeros_like(params.q_idx), zeros_like(params.k_idx)};
+  Sums dq_idx(params.q_idx);
+  Sums dk_idx(params.k_idx);
   reference::for_each_query(params.batch, [&](const Query& query) {
     const std::int64_t first_key = params.batch.cu_seqlens_k[static_cast<std::size_t>(query.sequence)];
     for (std::int64_t group = 0; group < params.q_idx.size(1); ++group) {
@@ -272,12 +284,12 @@ KlGradients naive_kl_backward(const IndexKlParams& params, float grad_output) {
         // Rounded before the division by the number of rows, which a loss scale would undo anyway.
         const float dlogit = round_to(storage, row.student.p[j] - row.teacher[j]) * grad_output / rows;
         const float factor = index_scale * dlogit;
-        add_row(grads.dq_idx, to_floats(index_keys.read(query.sequence, support[j])), factor, query.row, group);
-        add_row(grads.dk_idx, q_idx, factor, first_key + support[j], 0);
+        dq_idx.add(to_floats(index_keys.read(query.sequence, support[j])), factor, query.row, group);
+        dk_idx.add(q_idx, factor, first_key + support[j], 0);
       }
     }
   });
-  return {grads.dq_idx.as(storage), grads.dk_idx.as(storage)};
+  return {dq_idx.round(storage), dk_idx.round(storage)};
 }
 
 void expect_same_bytes(const std::string& what, const std::vector<std::byte>& a, const std::vector<std::byte>& b) {
