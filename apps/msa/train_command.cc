@@ -35,7 +35,7 @@ struct TrainFlags {
   std::string model, config, tokenizer, out, log;
   std::vector<std::string> data;
   std::vector<std::string> stages = {"warmup"};
-  std::vector<std::int64_t> steps = {200};
+  std::vector<std::int64_t> steps;
   std::string schedule = "cosine", dtype = "fp32", teacher = "mean", attention = "sparse";
   std::int64_t cache_mib = 4096;
   std::optional<double> index_learning_rate;
@@ -136,6 +136,9 @@ TextSource make_text(const TrainFlags& flags, const files::ModelConfig& config) 
 void run_train(TrainFlags flags) {
   const auto start = std::chrono::steady_clock::now();
   model::TrainOptions& options = flags.options;
+  if (flags.steps.empty()) {
+    for (const std::string& stage : flags.stages) flags.steps.push_back(stage == "sparse" ? 40 : 200);
+  }
   if (flags.steps.size() != flags.stages.size()) {
     throw CLI::ValidationError("--steps", fmt::format("{} numbers for {} stages", flags.steps.size(), flags.stages.size()));
   }
@@ -236,10 +239,9 @@ void add_train_command(CLI::App& app) {
       ->delimiter(',')
       ->check(CLI::IsMember({"warmup", "sparse"}))
       ->capture_default_str();
-  command->add_option("--steps", flags->steps, "steps of each stage")
+  command->add_option("--steps", flags->steps, "steps of each stage (default: 200 of warmup, 40 of sparse)")
       ->delimiter(',')
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+      ->check(CLI::NonNegativeNumber);
   command->add_flag("--freeze-backbone", options.freeze_backbone, "train the index branch only; no backward through the model");
   command->add_option("--attention", flags->attention, "dense: train the dense model, without index and KL")
       ->check(CLI::IsMember({"sparse", "dense"}))
@@ -278,6 +280,10 @@ void add_train_command(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--cache-windows", options.cache_windows, "frozen backbone: windows whose activations are kept")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--sparse-cache-windows", options.sparse_cache_windows,
+                      "frozen backbone: of them run again by a sparse stage")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--cache-mib", flags->cache_mib, "frozen backbone: memory bound of the kept activations")

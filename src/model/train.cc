@@ -97,7 +97,7 @@ class Run {
   CachedWindow capture(const TokenWindow& window, const std::vector<std::int32_t>& pool, const AttentionOptions& how) const;
   std::vector<std::int32_t> choose_pool(const TokenWindow& window, std::size_t id) const;
   bool enter_stage(std::size_t stage);  // false: asked to stop
-  std::size_t window_at(std::int64_t draw) const;
+  std::size_t window_at(std::int64_t draw, std::size_t windows) const;
   std::size_t stage_of(std::int64_t step) const;
   void frozen_gradients(bool sparse, StepRecord& record);
   void full_gradients(bool sparse, StepRecord& record);
@@ -141,8 +141,9 @@ void Run::check() const {
   if (options_.batch < 1 || options_.accumulate < 1) throw fail("batch and accumulate must be at least 1");
   if (options_.context < 2) throw fail("context must be at least 2 tokens");
   if (options_.freeze_backbone && options_.dense) throw fail("a dense run with a frozen backbone has nothing to train");
-  if (options_.freeze_backbone && (options_.rows < 1 || options_.cache_windows < 1)) {
-    throw fail("rows and cache_windows must be at least 1");
+  if (options_.freeze_backbone &&
+      (options_.rows < 1 || options_.cache_windows < 1 || options_.sparse_cache_windows < 1)) {
+    throw fail("rows, cache_windows and sparse_cache_windows must be at least 1");
   }
   if (!options_.dense && layers_.empty()) {
     throw fail("the model has no index branch: convert it first, or train it dense (--attention dense)");
@@ -184,6 +185,7 @@ std::map<std::string, std::string> Run::fingerprint() const {
   if (options_.freeze_backbone) {
     result["rows"] = std::to_string(options_.rows);
     result["cache_windows"] = std::to_string(options_.cache_windows);
+    result["sparse_cache_windows"] = std::to_string(options_.sparse_cache_windows);
     result["cache_bytes"] = std::to_string(options_.cache_bytes);
   }
   result["training_text_bytes"] = std::to_string(corpus_.bytes(Split::kTrain));
@@ -392,8 +394,10 @@ bool Run::enter_stage(std::size_t stage) {
   }
   cache_.clear();
   bool complete = true;
-  for (std::size_t i = 0; i < windows_.size() && complete; ++i) {
-    progress(std::string("running window ") + std::to_string(i + 1) + " of " + std::to_string(windows_.size()) +
+  const std::size_t count =
+      sparse ? std::min(windows_.size(), static_cast<std::size_t>(options_.sparse_cache_windows)) : windows_.size();
+  for (std::size_t i = 0; i < count && complete; ++i) {
+    progress(std::string("running window ") + std::to_string(i + 1) + " of " + std::to_string(count) +
              (sparse ? " (sparse)" : " (dense)"));
     cache_.push_back(capture(windows_[i], choose_pool(windows_[i], i), attention(sparse)));
     complete = !should_stop();
@@ -403,9 +407,9 @@ bool Run::enter_stage(std::size_t stage) {
 }
 
 // Windows are visited in epochs, each in its own order.
-std::size_t Run::window_at(std::int64_t draw) const {
-  const auto count = static_cast<std::int64_t>(windows_.size());
-  std::vector<std::int32_t> order(windows_.size());
+std::size_t Run::window_at(std::int64_t draw, std::size_t windows) const {
+  const auto count = static_cast<std::int64_t>(windows);
+  std::vector<std::int32_t> order(windows);
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
   Random(options_.seed, kOrderStream, static_cast<std::uint64_t>(draw / count)).shuffle(order);
   return static_cast<std::size_t>(order[static_cast<std::size_t>(draw % count)]);
@@ -428,7 +432,7 @@ void Run::frozen_gradients(bool sparse, StepRecord& record) {
   for (const std::int64_t layer : layers_) record.layer_kl[static_cast<std::size_t>(layer)] = 0;
   for (std::int64_t j = 0; j < per_step; ++j) {
     const std::int64_t draw = step_ * per_step + j;
-    const CachedWindow& window = cache_[window_at(draw)];
+    const CachedWindow& window = cache_[window_at(draw, cache_.size())];
     Random random(options_.seed, kRowStream, static_cast<std::uint64_t>(draw));
     const std::vector<std::int32_t> chosen = random.sample(static_cast<std::int64_t>(window.pool.size()), options_.rows);
     std::vector<std::int32_t> positions;
@@ -492,7 +496,7 @@ void Run::full_gradients(bool sparse, StepRecord& record) {
     std::vector<std::int64_t> rows;
     std::vector<std::int32_t> cu_seqlens = {0};
     for (std::int64_t b = 0; b < options_.batch; ++b) {
-      const Tokens& window = windows_[window_at((step_ * options_.accumulate + a) * options_.batch + b)].tokens;
+      const Tokens& window = windows_[window_at((step_ * options_.accumulate + a) * options_.batch + b, windows_.size())].tokens;
       for (std::size_t i = 0; i + 1 < window.size(); ++i) rows.push_back(static_cast<std::int64_t>(tokens.size() + i));
       tokens.insert(tokens.end(), window.begin(), window.end());
       cu_seqlens.push_back(static_cast<std::int32_t>(tokens.size()));

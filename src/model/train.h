@@ -54,7 +54,8 @@ struct TrainOptions {
 
   // Frozen backbone.
   std::int64_t rows = 128;          ///< query rows a window and step
-  std::int64_t cache_windows = 32;  ///< windows whose activations are kept
+  std::int64_t cache_windows = 28;  ///< windows whose activations are kept
+  std::int64_t sparse_cache_windows = 8;  ///< of them run again by a sparse stage, and used in it
   std::size_t cache_bytes = std::size_t{4} << 30;  ///< and their bound: fewer windows when they would not fit
 
   // What is watched on held-out windows.
