@@ -107,8 +107,7 @@ inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const Attent
     const std::int64_t columns = padded_columns(block_keys);
     load_value_rows(key_rows, problem.k.dtype, chunk.sequence, kv_head, block_begin, block_keys, head_dim, keys,
                     key_stride);
-    load_keys_transposed(key_rows, problem.k.dtype, chunk.sequence, kv_head, block_begin, block_keys, head_dim, keys_t,
-                         tile_stride);
+    transpose_keys(keys, key_stride, block_keys, head_dim, keys_t, tile_stride);
     load_keys_transposed(value_rows, problem.v.dtype, chunk.sequence, kv_head, block_begin, block_keys, value_dim,
                          values_t, tile_stride);
     for (std::int64_t t0 = 0; t0 < walk.count(); t0 += tile_queries) {

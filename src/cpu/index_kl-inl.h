@@ -2,7 +2,7 @@
 // The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys] tensor.
 // Forward: a task owns queries and one group and passes their blocks twice, for the softmax denominators and for the
 // divergence; the first pass leaves its score tiles, as far as there is room, to the second. Backward: a task owns queries
-// and all groups; dq_idx is its own, and dk_idx is summed a task and then over the tasks in order. Tested in
+// and one group; dq_idx is its own, and dk_idx is summed a task and then over the tasks in order. Tested in
 // tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_INL_H_
@@ -364,6 +364,7 @@ inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const In
   const std::int64_t head_dim = shape.head_dim;
   const std::int64_t index_dim = shape.index_dim;
   const std::int64_t count = task.chunk.end - task.chunk.begin;
+  const std::int64_t group = task.group;
   const std::int64_t first_row = sequence.query_begin + task.chunk.begin;
   const std::int64_t key_stride = padded_stride(shape.block_size);  // also of the tiles
   const std::int64_t index_stride = padded_stride(index_dim);
@@ -387,75 +388,72 @@ inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const In
   const auto index_scale = static_cast<float>(*params.index_scale);
 
   std::fill(touched, touched + task.blocks, std::uint8_t{0});
-  for (std::int64_t group = 0; group < shape.kv_heads; ++group) {
-    load_query_rows(params.q, first_row, count, group * group_size, group_size, queries);
-    for (std::int64_t i = 0; i < count; ++i) {
-      load_row(head_row(params.q_idx, first_row + i, group), params.q_idx.dtype, index_dim,
-               index_queries + i * index_stride);
-      for (std::int64_t h = 0; h < group_size; ++h) {
-        lse[i * row_count + h] = read_float(saved.lse_main, first_row + i, group * group_size + h);
-      }
-      lse[i * row_count + group_size] = read_float(saved.lse_index, first_row + i, group);
-      inverse_norms[i] = 1.0f / read_float(saved.teacher_norm, first_row + i, group);
+  load_query_rows(params.q, first_row, count, group * group_size, group_size, queries);
+  for (std::int64_t i = 0; i < count; ++i) {
+    load_row(head_row(params.q_idx, first_row + i, group), params.q_idx.dtype, index_dim,
+             index_queries + i * index_stride);
+    for (std::int64_t h = 0; h < group_size; ++h) {
+      lse[i * row_count + h] = read_float(saved.lse_main, first_row + i, group * group_size + h);
     }
-    std::fill(index_query_grads, index_query_grads + count * index_dim, 0.0f);
+    lse[i * row_count + group_size] = read_float(saved.lse_index, first_row + i, group);
+    inverse_norms[i] = 1.0f / read_float(saved.teacher_norm, first_row + i, group);
+  }
+  std::fill(index_query_grads, index_query_grads + count * index_dim, 0.0f);
 
-    BlockWalk walk(params.batch, sequence, params.blocks, group, shape.block_size, task.chunk.begin, task.chunk.end,
-                   reinterpret_cast<std::int32_t*>(scratch + layout.walk));
-    while (walk.next()) {
-      const std::int64_t block_begin = walk.block() * shape.block_size;
-      const std::int64_t block_keys = walk.block_keys();
-      const std::int64_t columns = padded_columns(block_keys);
-      float* key_sum = key_sums + walk.block() * shape.block_size * index_dim;
-      if (touched[walk.block()] == 0) std::fill(key_sum, key_sum + shape.block_size * index_dim, 0.0f);
-      touched[walk.block()] = 1;
-      load_keys_transposed(key_rows, params.k.dtype, sequence.index, group, block_begin, block_keys, head_dim, keys,
-                           key_stride);
-      load_keys_transposed(index_key_rows, params.k_idx.dtype, sequence.index, 0, block_begin, block_keys, index_dim,
-                           index_keys_t, key_stride);
-      load_value_rows(index_key_rows, params.k_idx.dtype, sequence.index, 0, block_begin, block_keys, index_dim,
-                      index_keys, index_stride);
-      for (std::int64_t t0 = 0; t0 < walk.count(); t0 += tile_queries) {
-        const std::int32_t* members = walk.members() + t0;
-        const std::int64_t members_here = std::min(tile_queries, walk.count() - t0);
-        const TileRows<const float> query_of{queries, members, group_size, group_size * head_dim, head_dim};
-        const TileRows<float> score_of{tile, nullptr, group_size, row_count * key_stride, key_stride};
-        product_of_tile(members_here * group_size, columns, head_dim, query_of, keys, key_stride, score_of);
-        for (std::int64_t t = 0; t < members_here; ++t) {
-          const float* row = index_queries + members[t] * index_stride;
-          std::copy(row, row + index_dim, index_query_tile + t * index_stride);
-        }
-        product(members_here, columns, index_dim, index_query_tile, index_stride, 1, index_keys_t, key_stride,
-                index_tile, row_count * key_stride, false);
-        for (std::int64_t t = 0; t < members_here; ++t) {
-          const auto subtract = params.teacher == Teacher::kMean ? subtract_distributions<Teacher::kMean>
-                                                                 : subtract_distributions<Teacher::kMax>;
-          subtract(tile + t * row_count * key_stride, key_stride, group_size, columns, scale, index_scale,
-                   lse + members[t] * row_count, inverse_norms[members[t]]);
-        }
-        // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
-        const auto add_rows = [&](std::int64_t first, std::int64_t rows, std::int64_t visible) HWY_ATTR {
-          const float* gradients = index_tile + first * row_count * key_stride;
-          product(rows, index_dim, visible, gradients, row_count * key_stride, 1, index_keys, index_stride,
-                  sums + first * index_dim, index_dim, false);
-          product(visible, index_dim, rows, gradients, 1, row_count * key_stride,
-                  index_query_tile + first * index_stride, index_stride, key_sum, index_dim, true);
-        };
-        std::int64_t t = 0;
-        for (; t < members_here && walk.visible_keys(members[t]) < block_keys; ++t) {
-          add_rows(t, 1, walk.visible_keys(members[t]));
-        }
-        if (t < members_here) add_rows(t, members_here - t, block_keys);
-        for (t = 0; t < members_here; ++t) {
-          add_row(sums + t * index_dim, index_dim, index_query_grads + members[t] * index_dim);
-        }
+  BlockWalk walk(params.batch, sequence, params.blocks, group, shape.block_size, task.chunk.begin, task.chunk.end,
+                 reinterpret_cast<std::int32_t*>(scratch + layout.walk));
+  while (walk.next()) {
+    const std::int64_t block_begin = walk.block() * shape.block_size;
+    const std::int64_t block_keys = walk.block_keys();
+    const std::int64_t columns = padded_columns(block_keys);
+    float* key_sum = key_sums + walk.block() * shape.block_size * index_dim;
+    std::fill(key_sum, key_sum + shape.block_size * index_dim, 0.0f);
+    touched[walk.block()] = 1;
+    load_keys_transposed(key_rows, params.k.dtype, sequence.index, group, block_begin, block_keys, head_dim, keys,
+                         key_stride);
+    load_value_rows(index_key_rows, params.k_idx.dtype, sequence.index, 0, block_begin, block_keys, index_dim,
+                    index_keys, index_stride);
+    transpose_keys(index_keys, index_stride, block_keys, index_dim, index_keys_t, key_stride);
+    for (std::int64_t t0 = 0; t0 < walk.count(); t0 += tile_queries) {
+      const std::int32_t* members = walk.members() + t0;
+      const std::int64_t members_here = std::min(tile_queries, walk.count() - t0);
+      const TileRows<const float> query_of{queries, members, group_size, group_size * head_dim, head_dim};
+      const TileRows<float> score_of{tile, nullptr, group_size, row_count * key_stride, key_stride};
+      product_of_tile(members_here * group_size, columns, head_dim, query_of, keys, key_stride, score_of);
+      for (std::int64_t t = 0; t < members_here; ++t) {
+        const float* row = index_queries + members[t] * index_stride;
+        std::copy(row, row + index_dim, index_query_tile + t * index_stride);
+      }
+      product(members_here, columns, index_dim, index_query_tile, index_stride, 1, index_keys_t, key_stride,
+              index_tile, row_count * key_stride, false);
+      for (std::int64_t t = 0; t < members_here; ++t) {
+        const auto subtract = params.teacher == Teacher::kMean ? subtract_distributions<Teacher::kMean>
+                                                               : subtract_distributions<Teacher::kMax>;
+        subtract(tile + t * row_count * key_stride, key_stride, group_size, columns, scale, index_scale,
+                 lse + members[t] * row_count, inverse_norms[members[t]]);
+      }
+      // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
+      const auto add_rows = [&](std::int64_t first, std::int64_t rows, std::int64_t visible) HWY_ATTR {
+        const float* gradients = index_tile + first * row_count * key_stride;
+        product(rows, index_dim, visible, gradients, row_count * key_stride, 1, index_keys, index_stride,
+                sums + first * index_dim, index_dim, false);
+        product(visible, index_dim, rows, gradients, 1, row_count * key_stride,
+                index_query_tile + first * index_stride, index_stride, key_sum, index_dim, true);
+      };
+      std::int64_t t = 0;
+      for (; t < members_here && walk.visible_keys(members[t]) < block_keys; ++t) {
+        add_rows(t, 1, walk.visible_keys(members[t]));
+      }
+      if (t < members_here) add_rows(t, members_here - t, block_keys);
+      for (t = 0; t < members_here; ++t) {
+        add_row(sums + t * index_dim, index_dim, index_query_grads + members[t] * index_dim);
       }
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      float* row = index_query_grads + i * index_dim;
-      scale_row(factor, index_dim, row);
-      store_row(row, index_dim, dq_idx.dtype, head_row(dq_idx, first_row + i, group));
-    }
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    float* row = index_query_grads + i * index_dim;
+    scale_row(factor, index_dim, row);
+    store_row(row, index_dim, dq_idx.dtype, head_row(dq_idx, first_row + i, group));
   }
 }
 

@@ -83,8 +83,8 @@ IndexKlBackwardPlan plan_index_kl_backward(const std::string& op, const IndexKlS
       task.chunk = {s, begin, std::min(begin + chunk, sequence.queries)};
       task.blocks = core::query_position(batch, sequence, task.chunk.end - 1) / shape.block_size + 1;
       largest = std::max(largest, task.blocks);
-      all_blocks += task.blocks;
-      plan.tasks.push_back(task);
+      all_blocks += task.blocks * shape.kv_heads;
+      for (task.group = 0; task.group < shape.kv_heads; ++task.group) plan.tasks.push_back(task);
     }
   }
   const std::int64_t block_floats = shape.block_size * shape.index_dim;

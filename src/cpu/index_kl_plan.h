@@ -58,9 +58,9 @@ struct IndexKlPlan {
 IndexKlPlan plan_index_kl(const std::string& op, const IndexKlShape& shape, int threads, std::size_t workspace_limit);
 
 /// Queries a task of the backward. Part of the result (a task's sum of dk_idx is one chain of roundings), so it depends on
-/// the sequence alone: eight tasks a sequence, within what keeps a block's loading cheap and its tiles in cache.
+/// the sequence alone: four tasks a sequence and group, within what keeps a block's loading cheap and its tiles in cache.
 inline std::int64_t kl_backward_chunk(std::int64_t sequence_queries) {
-  return std::clamp<std::int64_t>((sequence_queries + 63) / 64 * 8, 16, 64);
+  return std::clamp<std::int64_t>((sequence_queries + 31) / 32 * 8, 16, 64);
 }
 
 /// Scratch memory of one worker in the backward.
@@ -81,9 +81,10 @@ struct IndexKlBackwardLayout {
 };
 IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape);
 
-/// A task of the backward: queries of a sequence, all groups, with a sum of its own for the dk_idx of the blocks they see.
+/// A task of the backward: queries of a sequence in one group, with a sum of its own for dk_idx of the blocks they see.
 struct IndexKlTask {
   QueryChunk chunk;
+  std::int64_t group = 0;
   std::int64_t blocks = 0;     ///< [0, blocks) are seen
   std::int64_t sum_begin = 0;  ///< block of the round's buffer where the task's sums begin
 };
