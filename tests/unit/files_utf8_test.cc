@@ -23,13 +23,15 @@ TEST(Utf8, KeepsWhatIsValid) {
 
 TEST(Utf8, ReplacesEachMaximalBrokenPart) {
   EXPECT_EQ(repair_utf8("\x80"), kBad);
-  EXPECT_EQ(repair_utf8("\xc0\x80"), kBad + kBad);          // overlong
+  EXPECT_EQ(repair_utf8("\xc0\x80"), kBad + kBad);  // overlong
   EXPECT_EQ(repair_utf8("\xe0\x9f\xbf"), kBad + kBad + kBad);
   EXPECT_EQ(repair_utf8("\xed\xa0\x80"), kBad + kBad + kBad);  // a surrogate
   EXPECT_EQ(repair_utf8("\xf4\x90\x80\x80"), kBad + kBad + kBad + kBad);
   EXPECT_EQ(repair_utf8("\xff"), kBad);
-  EXPECT_EQ(repair_utf8("\xe2\x82"), kBad);        // cut short: one sequence, one replacement
-  EXPECT_EQ(repair_utf8("\xf0\x9f\x98" "a"), kBad + "a");
+  EXPECT_EQ(repair_utf8("\xe2\x82"), kBad);  // cut short: one sequence, one replacement
+  EXPECT_EQ(repair_utf8("\xf0\x9f\x98"
+                        "a"),
+            kBad + "a");
   EXPECT_EQ(repair_utf8("\xe2\x82\xe2\x82\xac"), kBad + "\xe2\x82\xac");
 }
 
@@ -49,12 +51,15 @@ TEST(Utf8, DrainHoldsAnIncompleteTail) {
 
 TEST(UnicodeNfc, ComposesOrdersAndBlocks) {
   EXPECT_EQ(normalize_nfc("plain \xc3\xa9"), "plain \xc3\xa9");
-  EXPECT_EQ(normalize_nfc("e\xcc\x81"), "\xc3\xa9");                      // e + acute
-  EXPECT_EQ(normalize_nfc("e\xcc\x81\xcc\xa7"), "\xc8\xa9\xcc\x81");      // cedilla sorts first, joins, acute stays
+  EXPECT_EQ(normalize_nfc("e\xcc\x81"), "\xc3\xa9");                  // e + acute
+  EXPECT_EQ(normalize_nfc("e\xcc\x81\xcc\xa7"), "\xc8\xa9\xcc\x81");  // cedilla sorts first, joins, acute stays
   EXPECT_EQ(normalize_nfc("\xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8"), "\xea\xb0\x81");  // Hangul L V T
-  EXPECT_EQ(normalize_nfc("\xe2\x84\xab"), "\xc3\x85");                    // Angstrom sign: a singleton
-  EXPECT_EQ(normalize_nfc("\xe0\xa5\x98"), "\xe0\xa4\x95\xe0\xa4\xbc");    // a composition exclusion
-  EXPECT_EQ(normalize_nfc("\xcc\x81" "e"), "\xcc\x81" "e");                // a mark without a base
+  EXPECT_EQ(normalize_nfc("\xe2\x84\xab"), "\xc3\x85");                              // Angstrom sign: a singleton
+  EXPECT_EQ(normalize_nfc("\xe0\xa5\x98"), "\xe0\xa4\x95\xe0\xa4\xbc");              // a composition exclusion
+  EXPECT_EQ(normalize_nfc("\xcc\x81"
+                          "e"),
+            "\xcc\x81"
+            "e");  // a mark without a base
 }
 
 }  // namespace

@@ -613,8 +613,8 @@ std::string to_json(const ModelConfig& config) {
       if (!before.contains(key) || before[key] != value) store_key(text, key, value);
     }
   }
-  std::string result = document.dump(2) + "\n";
-  const Json written = flatten(read_config(document, origin));
+  const std::string result = document.dump(2) + "\n";
+  const Json written = flatten(read_config(parse_json(result, origin), origin));
   for (const auto& [key, value] : wanted.items()) {
     if (!written.contains(key) || written[key] != value) {
       throw Error(key_error(origin, key, "cannot be written: it would read back as " +

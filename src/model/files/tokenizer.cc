@@ -191,7 +191,9 @@ void Loader::load_merges(const Json& model) {
       return found->second;
     };
     joined.assign(left).append(right);
-    tables_.model.merges.insert(id(left), id(right), {rank++, id(joined)});
+    const TokenId left_id = id(left);
+    const TokenId right_id = id(right);
+    tables_.model.merges.insert(left_id, right_id, {rank++, id(joined)});
   }
 }
 
