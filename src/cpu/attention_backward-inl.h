@@ -6,7 +6,8 @@
 // dense_attention_test.cc.
 //
 // With P = e^(scale S - lse), S = Q K^T, and dP = dO V^T:  dS = P (dP - rowsum(dO O) + dlse),
-// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO. A float's lse is off by up to 2^-24 |lse|, and with it a whole row of
+// P: the query pass sums each row, and both passes divide by the sum.
 #if defined(MSA_CPU_ATTENTION_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BACKWARD_INL_H_
 #undef MSA_CPU_ATTENTION_BACKWARD_INL_H_
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "msa/attention.h"
 #include "src/core/layout.h"
@@ -30,26 +32,41 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// scores = P and grads = dS, from S and dP; `term` is dlse - rowsum(dO O). Columns that the row does not see get
-/// meaningless values: nobody reads them.
-inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, float lse, float term,
+/// scores = weight P and grads = weight dS, from S and dP; `term` is dlse - rowsum(dO O). Columns that the row does not see
+/// get meaningless values: nobody reads them.
+inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, float lse, float term, float weight,
                                        float* HWY_RESTRICT scores, float* HWY_RESTRICT grads) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto factor = hn::Set(df, scale);
   const auto shift = hn::Set(df, lse);
   const auto offset = hn::Set(df, term);
+  const auto w = hn::Set(df, weight);
   for (std::int64_t j = 0; j < columns; j += lanes) {
-    const auto p = exp_lanes(hn::MulSub(hn::LoadU(df, scores + j), factor, shift));
+    const auto p = hn::Mul(exp_lanes(hn::MulSub(hn::LoadU(df, scores + j), factor, shift)), w);
     hn::StoreU(p, df, scores + j);
     hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), offset)), df, grads + j);
   }
 }
 
+/// Sum of row[0, count).
+inline HWY_ATTR float sum_row(const float* HWY_RESTRICT row, std::int64_t count) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  auto sum = hn::Zero(df);
+  std::int64_t j = 0;
+  for (; j + lanes <= count; j += lanes) sum = hn::Add(sum, hn::LoadU(df, row + j));
+  if (j < count) {
+    const auto mask = hn::FirstN(df, static_cast<std::size_t>(count - j));
+    sum = hn::Add(sum, hn::IfThenElseZero(mask, hn::LoadU(df, row + j)));
+  }
+  return hn::GetLane(hn::SumOfLanes(df, sum));
+}
+
 /// dlse - rowsum(dO O) of the rows of a chunk and group, into terms[row * query_heads + head]; `out_grads` holds their dO.
 inline HWY_ATTR void write_terms(const BackwardProblem& problem, std::int64_t first_row, std::int64_t count,
                                  std::int64_t first_head, std::int64_t group_size, const float* out_grads,
-                                 float* terms) {
+                                 RowTerms* terms) {
   const std::int64_t value_dim = problem.v.size(2);
   const std::int64_t query_heads = problem.q.size(1);
   alignas(64) float out[kMaxHeadDim];
@@ -60,7 +77,7 @@ inline HWY_ATTR void write_terms(const BackwardProblem& problem, std::int64_t fi
       load_row(head_row(problem.saved.out, row, head), problem.saved.out.dtype, value_dim, out);
       const float delta = dot_rows(out_grads + (i * group_size + h) * value_dim, out, value_dim);
       const float dlse = problem.saved.dlse.empty() ? 0.0f : read_float(problem.saved.dlse, row, head);
-      terms[row * query_heads + head] = dlse - delta;
+      terms[row * query_heads + head].offset = dlse - delta;
     }
   }
 }
@@ -68,7 +85,7 @@ inline HWY_ATTR void write_terms(const BackwardProblem& problem, std::int64_t fi
 /// One task of the query pass: terms and dq of the rows of a chunk and group. `scratch` is laid out by `layout`.
 inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const AttentionShape& shape,
                                     const QueryPassLayout& layout, const QueryChunk& chunk, std::int64_t kv_head,
-                                    float* scratch, float* terms) {
+                                    float* scratch, RowTerms* terms) {
   const core::Sequence sequence = core::get_sequence(*problem.batch, chunk.sequence);
   const std::int64_t group_size = shape.group_size;
   const std::int64_t head_dim = shape.head_dim;
@@ -89,11 +106,13 @@ inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const Attent
   float* scores = scratch + layout.scores;
   float* grads = scratch + layout.grads;
   float* sums = scratch + layout.sums;
+  auto* totals = reinterpret_cast<double*>(scratch + layout.totals);
 
   load_query_rows(problem.q, first_row, count, first_head, group_size, queries);
   load_query_rows(problem.saved.dout, first_row, count, first_head, group_size, out_grads);
   write_terms(problem, first_row, count, first_head, group_size, out_grads, terms);
   std::fill(query_grads, query_grads + count * group_size * head_dim, 0.0f);
+  std::fill(totals, totals + count * group_size, 0.0);
 
   const core::KeyRows key_rows(problem.k, *problem.batch);
   const core::KeyRows value_rows(problem.v, *problem.batch);
@@ -127,10 +146,11 @@ inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const Attent
         product_of_rows(rows, columns, head_dim, query_of, 1, keys_t, tile_stride, score_of, false);
         product_of_rows(rows, columns, value_dim, out_grad_of, 1, values_t, tile_stride, grad_of, false);
         for (std::int64_t r = 0; r < rows; ++r) {
-          const std::int64_t row = first_row + members[r / heads];
+          const std::int64_t i = members[r / heads];
           const std::int64_t head = first_head + h0 + r % heads;
-          differentiate_row(columns, problem.scale, read_float(problem.saved.lse, row, head),
-                            terms[row * query_heads + head], score_of[r], grad_of[r]);
+          differentiate_row(columns, problem.scale, read_float(problem.saved.lse, first_row + i, head),
+                            terms[(first_row + i) * query_heads + head].offset, 1.0f, score_of[r], grad_of[r]);
+          totals[i * group_size + h0 + r % heads] += static_cast<double>(sum_row(score_of[r], walk.visible_keys(i)));
         }
         // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
         std::int64_t t = 0;
@@ -148,17 +168,21 @@ inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const Attent
     }
   }
   for (std::int64_t r = 0; r < count * group_size; ++r) {
-    float* row = query_grads + r * head_dim;
-    scale_row(problem.scale, head_dim, row);
-    store_row(row, head_dim, problem.grads.dq.dtype,
-              head_row(problem.grads.dq, first_row + r / group_size, first_head + r % group_size));
+    const std::int64_t row = first_row + r / group_size;
+    const std::int64_t head = first_head + r % group_size;
+    float* grad = query_grads + r * head_dim;
+    const bool has_blocks = read_float(problem.saved.lse, row, head) != -std::numeric_limits<float>::infinity();
+    const float weight = has_blocks ? static_cast<float>(1.0 / totals[r]) : 1.0f;
+    terms[row * query_heads + head].weight = weight;
+    scale_row(problem.scale * weight, head_dim, grad);
+    store_row(grad, head_dim, problem.grads.dq.dtype, head_row(problem.grads.dq, row, head));
   }
 }
 
 // Adds what queries [begin, end) of a block's list give to its dk (unscaled) and dv, in `split`.
 inline HWY_ATTR void sum_split(const BackwardProblem& problem, const AttentionShape& shape, const KeyPassLayout& layout,
                                const core::Sequence& sequence, const KeyTask& task, const QueryList& list,
-                               std::int64_t begin, std::int64_t end, const float* terms, float* scratch, float* split) {
+                               std::int64_t begin, std::int64_t end, const RowTerms* terms, float* scratch, float* split) {
   const std::int64_t group_size = shape.group_size;
   const std::int64_t head_dim = shape.head_dim;
   const std::int64_t value_dim = shape.value_dim;
@@ -203,8 +227,9 @@ inline HWY_ATTR void sum_split(const BackwardProblem& problem, const AttentionSh
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t row = sequence.query_begin + list.query(t0 + r / group_size);
         const std::int64_t head = first_head + r % group_size;
-        differentiate_row(columns, problem.scale, read_float(problem.saved.lse, row, head),
-                          terms[row * query_heads + head], scores + r * tile_stride, grads + r * tile_stride);
+        const RowTerms& row_terms = terms[row * query_heads + head];
+        differentiate_row(columns, problem.scale, read_float(problem.saved.lse, row, head), row_terms.offset,
+                          row_terms.weight, scores + r * tile_stride, grads + r * tile_stride);
       }
       // As in the query pass: queries inside the block reach exactly the keys they see.
       const auto add_rows = [&](std::int64_t first, std::int64_t count, std::int64_t visible) HWY_ATTR {
@@ -247,7 +272,7 @@ inline HWY_ATTR void store_key_grads(const BackwardProblem& problem, const Atten
 /// of the block leaves its sum in task.sum; otherwise it writes dk and dv.
 inline HWY_ATTR void run_key_pass(const BackwardProblem& problem, const AttentionShape& shape,
                                   const KeyPassLayout& layout, const KeyTask& task, const QueryList& list,
-                                  const float* terms, float* scratch) {
+                                  const RowTerms* terms, float* scratch) {
   const core::Sequence sequence = core::get_sequence(*problem.batch, task.sequence);
   const std::int64_t split_queries = backward_split_queries(shape);
   const std::int64_t floats = shape.block_size * (shape.head_dim + shape.value_dim);

@@ -124,7 +124,7 @@ class ReverseIndex {
 };
 
 void run_key_passes(const BackwardProblem& problem, const AttentionShape& shape, const BackwardPlan& plan,
-                    const float* terms) {
+                    const RowTerms* terms) {
   const KeyPassLayout layout = lay_out_key_pass(shape);
   const std::int64_t split_queries = backward_split_queries(shape);
   const std::size_t sum_floats =
@@ -208,7 +208,7 @@ void run_backward(const char* op, const Context& context, const BackwardProblem&
   zero_rows(problem.grads.dq, shape.attention.queries.total);
   zero_rows(problem.grads.dk, batch.cu_seqlens_k.back());
   zero_rows(problem.grads.dv, batch.cu_seqlens_k.back());
-  core::Buffer<float> terms(static_cast<std::size_t>(shape.attention.queries.total * problem.q.size(1)));
+  core::Buffer<RowTerms> terms(static_cast<std::size_t>(shape.attention.queries.total * problem.q.size(1)));
   const QueryPassLayout layout = lay_out_query_pass(shape.attention, plan.query_pass.chunk);
   const auto run = HWY_DYNAMIC_DISPATCH(run_query_pass);
   run_plan(plan.query_pass, batch, shape.attention.kv_heads,

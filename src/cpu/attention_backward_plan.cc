@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "msa/error.h"
+#include "src/cpu/attention_backward_problem.h"
 #include "src/cpu/block_walk.h"
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/tile.h"
@@ -16,10 +17,10 @@ std::int64_t tile_rows(const AttentionShape& shape) {
   return backward_tile_queries(shape.group_size) * shape.group_size;
 }
 
-// What all workers share: one term a row and head, the reverse index, the sums of the splits.
+// What all workers share: the terms of each row and head, the reverse index, the sums of the splits.
 std::size_t count_shared_bytes(const BackwardShape& shape, const BackwardPlan& plan) {
   const AttentionShape& a = shape.attention;
-  std::int64_t floats = a.queries.total * a.kv_heads * a.group_size;
+  std::int64_t floats = floats_for(a.queries.total * a.kv_heads * a.group_size, sizeof(RowTerms));
   if (a.topk > 0) {
     const std::int64_t entries = a.queries.total * a.topk;
     std::int64_t head_floats = entries + floats_for(shape.blocks + shape.sequences, sizeof(std::int64_t));
@@ -47,6 +48,7 @@ QueryPassLayout lay_out_query_pass(const AttentionShape& shape, std::int64_t chu
   layout.scores = cursor.take(tile * padded_stride(shape.block_size));
   layout.grads = cursor.take(tile * padded_stride(shape.block_size));
   layout.sums = cursor.take(tile * shape.head_dim);
+  layout.totals = cursor.take(floats_for(rows, sizeof(double)));
   layout.walk = cursor.take(BlockWalk::scratch_elements(chunk));
   layout.end = cursor.end();
   return layout;

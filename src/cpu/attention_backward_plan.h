@@ -44,6 +44,7 @@ struct QueryPassLayout {
   std::int64_t scores = 0;       ///< [kScoreRows or fewer, padded_stride(block_size)]
   std::int64_t grads = 0;        ///< as scores: gradients of the probabilities, then of the scores
   std::int64_t sums = 0;         ///< [kScoreRows or fewer, head_dim]: what one block adds to query_grads
+  std::int64_t totals = 0;       ///< double [chunk * group_size], sums of the probabilities
   std::int64_t walk = 0;         ///< int32, BlockWalk's
   std::int64_t end = 0;
 };
@@ -70,7 +71,7 @@ struct BackwardPlan {
   std::size_t key_worker_bytes = 0;
   std::int64_t heads_at_once = 1;  ///< kv heads whose reverse index is held at a time
   bool share_splits = true;        ///< splits of a block are tasks of their own, each with a buffer for its sum
-  std::size_t shared_bytes = 0;    ///< per row and head terms, reverse index, sums of splits at most
+  std::size_t shared_bytes = 0;    ///< the terms of rows and heads, reverse index, sums of splits at most
 
   std::size_t bytes() const;
 };

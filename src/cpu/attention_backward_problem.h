@@ -18,6 +18,12 @@ struct BackwardProblem {
   AttentionGrads grads;
 };
 
+/// What the query pass finds of a row and head, for both passes.
+struct RowTerms {
+  float offset = 0;  ///< dlse - rowsum(dO O)
+  float weight = 1;  ///< 1 / the sum of e^(scale S - lse), which is 1 but for the rounding of lse
+};
+
 /// Queries [begin, end) of the list of those that chose a key block. A block has one task, or several, of one split each.
 struct KeyTask {
   std::int32_t sequence = 0;

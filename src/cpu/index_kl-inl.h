@@ -49,7 +49,7 @@ inline HWY_ATTR FloatVec log_lanes(FloatVec x) {
   const auto exponent = hn::ConvertTo(df, n);
   const auto low = hn::MulAdd(exponent, hn::Set(df, -2.12194440e-4f), hn::Sub(f, tail));
   const auto y = hn::MulAdd(exponent, hn::Set(df, 0.693359375f), low);
-  return hn::IfThenElse(hn::Ne(x, x), x, y);
+  return hn::IfThenElse(hn::IsNaN(x), x, y);
 }
 
 /// sum of e^(row - shift) over row[0, count), which stays as it is.
