@@ -282,6 +282,15 @@ void add_train_command(CLI::App& app) {
   command->add_option("--cache-windows", options.cache_windows, "frozen backbone: windows whose activations are kept")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  command->add_option("--long-windows", options.long_windows, "frozen backbone: windows of --long-context tokens beside them")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--long-context", options.long_context, "tokens of a long window")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--long-share", options.long_share, "share of the steps that go to long windows")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   command->add_option("--sparse-cache-windows", options.sparse_cache_windows,
                       "frozen backbone: of them run again by a sparse stage")
       ->check(CLI::PositiveNumber)
@@ -296,7 +305,7 @@ void add_train_command(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--probe-rows", options.probe_rows, "query rows of each")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--save-every", options.save_every, "steps between checkpoints; 0: only at the end or when stopped")
+  command->add_option("--save-every", options.save_every, "steps between checkpoints; one is made when a stage ends or is stopped anyway")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_flag("--resume,!--no-resume", options.resume, "go on with the run in --out (default), or start over")

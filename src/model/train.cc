@@ -92,12 +92,14 @@ class Run {
   void load_state();
   void save_state() const;
   void prepare_data();
+  std::int64_t window_bytes(std::int64_t tokens) const;
   std::vector<TokenWindow> make_windows(std::int64_t count) const;
   AttentionOptions attention(bool sparse) const;
   CachedWindow capture(const TokenWindow& window, const std::vector<std::int32_t>& pool, const AttentionOptions& how) const;
   std::vector<std::int32_t> choose_pool(const TokenWindow& window, std::size_t id) const;
   bool enter_stage(std::size_t stage);  // false: asked to stop
   std::size_t window_at(std::int64_t draw, std::size_t windows) const;
+  const CachedWindow& cached_window(std::int64_t draw) const;
   std::size_t stage_of(std::int64_t step) const;
   void frozen_gradients(bool sparse, StepRecord& record);
   void full_gradients(bool sparse, StepRecord& record);
@@ -123,8 +125,8 @@ class Run {
   std::int64_t total_steps_ = 0;
   std::int64_t step_ = 0;
   std::unique_ptr<AdamW> optimizer_;
-  std::vector<TokenWindow> windows_;
-  std::vector<CachedWindow> cache_;
+  std::vector<TokenWindow> windows_, long_windows_;
+  std::vector<CachedWindow> cache_, long_cache_;
   std::vector<Tokens> probe_windows_;
   std::vector<CachedWindow> probe_cache_;
   // Frozen sparse stage: the index parameters with which the windows were run, so that a resumed run can run them again.
@@ -185,6 +187,9 @@ std::map<std::string, std::string> Run::fingerprint() const {
   if (options_.freeze_backbone) {
     result["rows"] = std::to_string(options_.rows);
     result["cache_windows"] = std::to_string(options_.cache_windows);
+    result["long_windows"] = std::to_string(options_.long_windows);
+    result["long_context"] = std::to_string(options_.long_context);
+    result["long_share"] = number(options_.long_share);
     result["sparse_cache_windows"] = std::to_string(options_.sparse_cache_windows);
     result["cache_bytes"] = std::to_string(options_.cache_bytes);
   }
@@ -331,28 +336,38 @@ std::vector<std::int32_t> Run::choose_pool(const TokenWindow& window, std::size_
   return pool;
 }
 
+// Bytes of one window's activations in the cache.
+std::int64_t Run::window_bytes(std::int64_t tokens) const {
+  const files::ModelConfig& config = decoder_.config();
+  const std::int64_t pool = std::min(tokens, options_.rows * kPoolFactor);
+  return static_cast<std::int64_t>(c10::elementSize(kCacheType) * layers_.size()) *
+         (tokens * (config.hidden_size + config.num_key_value_heads * config.head_dim) +
+          pool * config.num_attention_heads * config.head_dim);
+}
+
 void Run::prepare_data() {
   const std::int64_t per_step = options_.batch * options_.accumulate;
   std::int64_t count = std::min(total_steps_ * per_step, std::max<std::int64_t>(1, kMaxTokens / options_.context));
   if (options_.freeze_backbone) {
-    const files::ModelConfig& config = decoder_.config();
-    const std::int64_t element = 2;
-    const std::int64_t pool = std::min(options_.context, options_.rows * kPoolFactor);
-    const std::int64_t bytes =
-        element * static_cast<std::int64_t>(layers_.size()) *
-        (options_.context * (config.hidden_size + config.num_key_value_heads * config.head_dim) +
-         pool * config.num_attention_heads * config.head_dim);
-    const std::int64_t fitting = static_cast<std::int64_t>(options_.cache_bytes) / bytes;
+    const auto allowed = static_cast<std::int64_t>(options_.cache_bytes);
+    std::int64_t left = allowed;
+    if (options_.long_windows > 0) {
+      left -= options_.long_windows * window_bytes(options_.long_context);
+      const std::vector<Tokens> texts = corpus_.windows(tools_.encode, Split::kTrain, options_.long_context,
+                                                        options_.long_windows, options_.seed + 1, separator_);
+      for (const Tokens& text : texts) long_windows_.push_back({text, -1});
+    }
+    const std::int64_t bytes = window_bytes(options_.context);
+    const std::int64_t fitting = left / bytes;
     if (fitting < 1) {
-      throw Error("train: the activations of one window of " + std::to_string(options_.context) + " tokens take " +
-                  std::to_string(bytes >> 20) + " MiB, more than the cache's " +
-                  std::to_string(options_.cache_bytes >> 20) + " MiB");
+      throw Error("train: the activations of a window of " + std::to_string(options_.context) + " tokens take " +
+                  std::to_string(bytes >> 20) + " MiB; " + std::to_string(std::max<std::int64_t>(left, 0) >> 20) + " of " +
+                  std::to_string(allowed >> 20) + " MiB are left for them");
     }
     count = std::min(options_.cache_windows, fitting);
     if (count < options_.cache_windows) {
       progress("keeping " + std::to_string(count) + " windows instead of " + std::to_string(options_.cache_windows) +
-               ": " + std::to_string(bytes >> 20) + " MiB each, " + std::to_string(options_.cache_bytes >> 20) +
-               " MiB allowed");
+               ": " + std::to_string(bytes >> 20) + " MiB each, " + std::to_string(left >> 20) + " MiB allowed");
     }
   }
   windows_ = make_windows(count);
@@ -393,13 +408,17 @@ bool Run::enter_stage(std::size_t stage) {
     snapshot_.clear();
   }
   cache_.clear();
-  bool complete = true;
+  long_cache_.clear();
   const std::size_t count =
       sparse ? std::min(windows_.size(), static_cast<std::size_t>(options_.sparse_cache_windows)) : windows_.size();
-  for (std::size_t i = 0; i < count && complete; ++i) {
-    progress(std::string("running window ") + std::to_string(i + 1) + " of " + std::to_string(count) +
+  const std::size_t long_count = sparse ? std::min<std::size_t>(long_windows_.size(), 1) : long_windows_.size();
+  bool complete = true;
+  for (std::size_t i = 0; i < count + long_count && complete; ++i) {
+    progress(std::string("running window ") + std::to_string(i + 1) + " of " + std::to_string(count + long_count) +
              (sparse ? " (sparse)" : " (dense)"));
-    cache_.push_back(capture(windows_[i], choose_pool(windows_[i], i), attention(sparse)));
+    const TokenWindow& window = i < count ? windows_[i] : long_windows_[i - count];
+    CachedWindow cached = capture(window, choose_pool(window, i < count ? i : windows_.size() + i - count), attention(sparse));
+    (i < count ? cache_ : long_cache_).push_back(std::move(cached));
     complete = !should_stop();
   }
   for (const auto& [name, value] : current) decoder_.parameter(name).copy_(value);
@@ -413,6 +432,15 @@ std::size_t Run::window_at(std::int64_t draw, std::size_t windows) const {
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
   Random(options_.seed, kOrderStream, static_cast<std::uint64_t>(draw / count)).shuffle(order);
   return static_cast<std::size_t>(order[static_cast<std::size_t>(draw % count)]);
+}
+
+// Every now and then a long window, as often as its share says, in turn; the other draws visit the rest in epochs.
+const CachedWindow& Run::cached_window(std::int64_t draw) const {
+  if (long_cache_.empty()) return cache_[window_at(draw, cache_.size())];
+  const auto before = static_cast<std::int64_t>(std::floor(static_cast<double>(draw) * options_.long_share));
+  const auto after = static_cast<std::int64_t>(std::floor(static_cast<double>(draw + 1) * options_.long_share));
+  if (after > before) return long_cache_[static_cast<std::size_t>(before) % long_cache_.size()];
+  return cache_[window_at(draw - before, cache_.size())];
 }
 
 std::size_t Run::stage_of(std::int64_t step) const {
@@ -432,7 +460,7 @@ void Run::frozen_gradients(bool sparse, StepRecord& record) {
   for (const std::int64_t layer : layers_) record.layer_kl[static_cast<std::size_t>(layer)] = 0;
   for (std::int64_t j = 0; j < per_step; ++j) {
     const std::int64_t draw = step_ * per_step + j;
-    const CachedWindow& window = cache_[window_at(draw, cache_.size())];
+    const CachedWindow& window = cached_window(draw);
     Random random(options_.seed, kRowStream, static_cast<std::uint64_t>(draw));
     const std::vector<std::int32_t> chosen = random.sample(static_cast<std::int64_t>(window.pool.size()), options_.rows);
     std::vector<std::int32_t> positions;
@@ -587,6 +615,7 @@ TrainResult Run::execute() {
     if (stage != stage_of(step_)) {
       stage = stage_of(step_);
       if (!enter_stage(*stage)) {
+        save_state();
         result.finished = false;
         break;
       }
@@ -622,7 +651,8 @@ TrainResult Run::execute() {
     if (!probe_windows_.empty() && (step_ % options_.probe_every == 0 || last)) probe(sparse, record);
     if (hooks_.on_step) hooks_.on_step(record);
     const bool stop = should_stop() && !last;
-    if (stop || last || (options_.save_every > 0 && step_ % options_.save_every == 0)) save_state();
+    const bool due = options_.save_every > 0 && step_ % options_.save_every == 0;
+    if (stop || due || last || stage != stage_of(step_)) save_state();
     if (stop) {
       result.finished = false;
       break;

@@ -55,8 +55,11 @@ struct TrainOptions {
   // Frozen backbone.
   std::int64_t rows = 128;          ///< query rows a window and step
   std::int64_t cache_windows = 28;  ///< windows whose activations are kept
+  std::int64_t long_windows = 0;  ///< windows of long_context tokens beside them, one long document each where possible
+  std::int64_t long_context = 8192;
+  double long_share = 0.2;        ///< of the draws, when there are long windows
   std::int64_t sparse_cache_windows = 8;  ///< of them run again by a sparse stage, and used in it
-  std::size_t cache_bytes = std::size_t{4} << 30;  ///< and their bound: fewer windows when they would not fit
+  std::size_t cache_bytes = std::size_t{4} << 30;  ///< bound of all of it: fewer windows when they would not fit
 
   // What is watched on held-out windows.
   std::int64_t probe_every = 20;  ///< steps; 0: never

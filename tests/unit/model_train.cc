@@ -293,6 +293,8 @@ TrainOptions tiny_options(const fs::path& out) {
   options.rows = 24;
   options.cache_windows = 6;
   options.sparse_cache_windows = 3;
+  options.long_windows = 1;
+  options.long_context = 160;
   options.index_learning_rate = 1e-2;
   options.learning_rate = 3e-3;
   options.probe_every = 4;
