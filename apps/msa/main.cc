@@ -4,10 +4,29 @@
 #include <cstdio>
 #include <exception>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "apps/msa/commands.h"
 #include "msa/context.h"
 
+namespace {
+
+// A model's forward frees and takes back buffers of many megabytes all the time. By default glibc returns each to the system
+// and every page of the next one faults in anew, which costs as much as the arithmetic on some virtual machines: keep them.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
+  keep_freed_memory();
   CLI::App app("MiniMax Sparse Attention: convert, train, run and measure sparse-attention language models.", "msa");
   app.set_version_flag("--version", msa::version());
   app.require_subcommand(1);
