@@ -15,6 +15,11 @@ def leaves(*tensors, dtype=None):
     return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
 
+def connected_grads(value, tensors):
+    """Gradients; zeros, too, where the naive formulation of an empty batch never touched a tensor."""
+    return torch.autograd.grad(value + 0 * sum(t.sum() for t in tensors), tensors)
+
+
 def attention_grads(function, tensors, args, dout, dlse, dtype):
     """Gradients in q, k, v of <out, dout> + <lse, dlse>, rows without keys left out."""
     q, k, v = leaves(*tensors, dtype=dtype)
@@ -23,7 +28,7 @@ def attention_grads(function, tensors, args, dout, dlse, dtype):
     loss = (lse * dlse).sum() if dlse is not None else 0
     if dout is not None:
         loss = loss + (out * dout.to(out.dtype)).sum()
-    return torch.autograd.grad(loss, (q, k, v))
+    return connected_grads(loss, (q, k, v))
 
 
 @shapes
@@ -67,9 +72,9 @@ def test_index_kl_gradients(name, dtype, stage, teacher, backend):
     def grads(function, dtype=None):
         q_idx, k_idx, q, k = leaves(inputs.q_idx, inputs.k_idx, inputs.q, inputs.k, dtype=dtype)
         kl = function(q_idx, k_idx, q, k, blocks, *inputs.cu, inputs.block_size, teacher=teacher)
-        got = torch.autograd.grad(kl * rows, (q_idx, k_idx, q, k), allow_unused=True)
-        assert got[2] is None and got[3] is None or got[2].abs().sum() == 0 and got[3].abs().sum() == 0
-        return got[:2]
+        if kl.requires_grad:
+            assert torch.autograd.grad(kl, (q, k), allow_unused=True, retain_graph=True) == (None, None)
+        return connected_grads(kl * rows, (q_idx, k_idx))
 
     actual, truth, naive = grads(msa.index_kl), grads(support.naive_index_kl, torch.float64), grads(support.naive_index_kl)
     for what, got, expected, yardstick in zip(("dq_idx", "dk_idx"), actual, truth, naive):
