@@ -30,8 +30,13 @@ msa::files::Tokenizer make_tokenizer() {
   }
   std::string merges;
   const std::string space = "\xc4\xa0";
-  for (const auto& [left, right] : {std::pair<std::string, std::string>{"a", "a"}, {"aa", "aa"}, {"a", "b"},
-                                    {"aa", "ab"}, {space, space}, {space, "a"}, {"1", "2"}}) {
+  for (const auto& [left, right] : {std::pair<std::string, std::string>{"a", "a"},
+                                    {"aa", "aa"},
+                                    {"a", "b"},
+                                    {"aa", "ab"},
+                                    {space, space},
+                                    {space, "a"},
+                                    {"1", "2"}}) {
     add(left + right);
     merges += std::string(merges.empty() ? "" : ",") + "[\"" + left + "\",\"" + right + "\"]";
   }

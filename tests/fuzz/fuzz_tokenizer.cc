@@ -15,7 +15,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   try {
     const msa::files::Tokenizer tokenizer = msa::files::Tokenizer::parse(text, "fuzzed");
-    const std::string sample = "It's  12 na\xc3\xafve\n\n <|im_end|>e\xcc\x81\xf0\x9f\x98\x80\xff " + std::string(64, 'a');
+    const std::string sample =
+        "It's  12 na\xc3\xafve\n\n <|im_end|>e\xcc\x81\xf0\x9f\x98\x80\xff " + std::string(64, 'a');
     const auto tokens = tokenizer.encode(sample);
     msa::files::StreamingDecoder decoder(tokenizer, false);
     std::string streamed;

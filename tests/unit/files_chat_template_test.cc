@@ -15,14 +15,18 @@ Tokenizer with_tokens(const std::vector<std::string>& tokens) {
   std::string added;
   int id = 10;
   for (const std::string& token : tokens) {
-    added += (added.empty() ? "" : ",") + ("{\"id\":" + std::to_string(id++)) + ",\"content\":\"" + token + "\",\"special\":true}";
+    added += (added.empty() ? "" : ",") + ("{\"id\":" + std::to_string(id++)) + ",\"content\":\"" + token +
+             "\",\"special\":true}";
   }
-  return Tokenizer::parse("{\"added_tokens\":[" + added + R"(],"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},
-    "model":{"type":"BPE","vocab":{"a":0},"merges":[]}})", "t");
+  return Tokenizer::parse(
+      "{\"added_tokens\":[" + added + R"(],"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},
+    "model":{"type":"BPE","vocab":{"a":0},"merges":[]}})",
+      "t");
 }
 
 const std::vector<std::string> kChatMlTokens = {"<|im_start|>", "<|im_end|>"};
-const std::vector<std::string> kLlamaTokens = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"};
+const std::vector<std::string> kLlamaTokens = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                                               "<|eot_id|>"};
 
 ChatTemplate chatml(const std::string& jinja) {
   return ChatTemplate::detect(with_tokens(kChatMlTokens), {.bos_token = "", .eos_token = "", .chat_template = jinja});
@@ -36,10 +40,12 @@ const std::string kSmol =
 const std::string kQwen2 =
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}";
 const std::string kQwen3 =
-    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}";
+    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- "
+    "endif %}";
 
 TEST(ChatTemplate, FindsDefaultSystemPrompts) {
-  EXPECT_EQ(chatml(kSmol).default_system_prompt(), "You are a helpful AI assistant named SmolLM, trained by Hugging Face");
+  EXPECT_EQ(chatml(kSmol).default_system_prompt(),
+            "You are a helpful AI assistant named SmolLM, trained by Hugging Face");
   EXPECT_EQ(chatml(kQwen2).default_system_prompt(), "You are a helpful assistant.");
   EXPECT_EQ(chatml(kQwen3).default_system_prompt(), "");
   EXPECT_EQ(chatml("").default_system_prompt(), "");

@@ -13,15 +13,19 @@ namespace {
 
 std::vector<std::string> matches(const std::string& pattern, const std::string& text) {
   std::vector<std::string> found;
-  Regex::compile(pattern, "t").for_each_match(
-      text, [&](std::size_t begin, std::size_t end) { found.push_back(text.substr(begin, end - begin)); });
+  Regex::compile(pattern, "t").for_each_match(text, [&](std::size_t begin, std::size_t end) {
+    found.push_back(text.substr(begin, end - begin));
+  });
   return found;
 }
 using Strings = std::vector<std::string>;
 
 TEST(Regex, SpaceIsUnicodeWhiteSpace) {
   const std::string vowel_separator = "\xe1\xa0\x8e";  // U+180E: a space to PCRE2, not to Unicode
-  EXPECT_EQ(matches(R"(\s+)", "a \t\xc2\x85\xe3\x80\x80" "b"), (Strings{" \t\xc2\x85\xe3\x80\x80"}));
+  EXPECT_EQ(matches(R"(\s+)",
+                    "a \t\xc2\x85\xe3\x80\x80"
+                    "b"),
+            (Strings{" \t\xc2\x85\xe3\x80\x80"}));
   EXPECT_EQ(matches(R"(\s)", vowel_separator), Strings{});
   EXPECT_EQ(matches(R"([^\s])", vowel_separator), Strings{vowel_separator});
   EXPECT_EQ(matches(R"([\S])", " " + vowel_separator), Strings{vowel_separator});
@@ -29,7 +33,12 @@ TEST(Regex, SpaceIsUnicodeWhiteSpace) {
 }
 
 TEST(Regex, WordsHoldMarksAndConnectors) {
-  EXPECT_EQ(matches(R"(\w+)", "e\xcc\x81_\xe2\x80\xbf" "1-x"), (Strings{"e\xcc\x81_\xe2\x80\xbf" "1", "x"}));
+  EXPECT_EQ(matches(R"(\w+)",
+                    "e\xcc\x81_\xe2\x80\xbf"
+                    "1-x"),
+            (Strings{"e\xcc\x81_\xe2\x80\xbf"
+                     "1",
+                     "x"}));
   EXPECT_EQ(matches(R"(\h+)", "fade g"), Strings{"fade"});
   EXPECT_EQ(matches("a{,2}b", "aab"), Strings{"aab"});
 }
@@ -41,8 +50,8 @@ TEST(Regex, EmptyMatchesAdvance) {
 }
 
 TEST(Regex, RefusesWhatWouldDiffer) {
-  for (const char* pattern : {"(", "[a", "\\", "a{2}+", "[a[bc]]", "[a&&b]", "(?m:.)", "(?s).", R"(\bx)", R"(\C)", R"(\Qx)",
-                              "(*UTF)x", "[]a]", R"([\W])", R"(\p{L)"}) {
+  for (const char* pattern : {"(", "[a", "\\", "a{2}+", "[a[bc]]", "[a&&b]", "(?m:.)", "(?s).", R"(\bx)", R"(\C)",
+                              R"(\Qx)", "(*UTF)x", "[]a]", R"([\W])", R"(\p{L)"}) {
     EXPECT_THROW(Regex::compile(pattern, "t"), Error) << pattern;
   }
   EXPECT_ERROR(Regex::compile(std::string(20'000, 'a'), "tok"), "tok: a pattern of 20000 bytes");

@@ -29,9 +29,9 @@ std::string entry(const std::string& name, const std::string& dtype, const std::
 }
 
 TEST(Safetensors, ReadsWhatIsValid) {
-  const std::string header = "{" + entry("b", "BF16", "[3]", "[16,22]") + "," + entry("a", "F32", "[2,2]", "[0,16]") + "," +
-                             entry("empty", "I64", "[0,5]", "[16,16]") + "," + entry("scalar", "F8_E5M2", "[]", "[22,23]") +
-                             ",\"__metadata__\":{\"format\":\"pt\"}}  ";
+  const std::string header = "{" + entry("b", "BF16", "[3]", "[16,22]") + "," + entry("a", "F32", "[2,2]", "[0,16]") +
+                             "," + entry("empty", "I64", "[0,5]", "[16,16]") + "," +
+                             entry("scalar", "F8_E5M2", "[]", "[22,23]") + ",\"__metadata__\":{\"format\":\"pt\"}}  ";
   const SafetensorsHeader parsed = parse(file_of(header, std::string(23, 'x')));
   ASSERT_EQ(parsed.tensors.size(), 4u);
   EXPECT_EQ(parsed.tensors[0].name, "a");  // by place
@@ -72,7 +72,8 @@ TEST(Safetensors, RefusesBrokenTensors) {
   EXPECT_ERROR(one("F32", "[4294967296,4294967296]", "[0,8]", 8), "overflows");
   EXPECT_ERROR(one("F32", "[4611686018427387904]", "[0,8]", 8), "overflows");
   EXPECT_ERROR(one("F32", "[18446744073709551615]", "[0,8]", 8), "non-negative");
-  EXPECT_ERROR(one("F32", "[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2]", "[0,8]", 8), "33 entries");
+  EXPECT_ERROR(one("F32", "[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2]", "[0,8]", 8),
+               "33 entries");
   EXPECT_ERROR(one("F32", "[2]", "[0,8]", 9), "1 bytes at the end belong to no tensor");
 }
 
@@ -103,8 +104,11 @@ void write_all(const std::filesystem::path& directory, const std::vector<TensorS
   write_checkpoint(directory, tensors, source, {}, shard);
 }
 
-const std::vector<TensorSpec> kTensors = {{"a", DType::kF32, {5, 3}}, {"bb", DType::kBf16, {7}}, {"ccc", DType::kI64, {}},
-                                          {"dddd", DType::kBool, {0, 9}}, {"eeeee", DType::kF8E4M3, {11}}};
+const std::vector<TensorSpec> kTensors = {{"a", DType::kF32, {5, 3}},
+                                          {"bb", DType::kBf16, {7}},
+                                          {"ccc", DType::kI64, {}},
+                                          {"dddd", DType::kBool, {0, 9}},
+                                          {"eeeee", DType::kF8E4M3, {11}}};
 
 TEST(Checkpoint, RoundTripsWithAndWithoutShards) {
   for (const std::uint64_t shard : {std::uint64_t{1}, std::uint64_t{64}, std::uint64_t{74}, kDefaultShardBytes}) {
@@ -155,15 +159,15 @@ TEST(Checkpoint, IndexMustStayInsideAndAgree) {
   write_all(directory.path(), {{"a", DType::kF32, {2}}}, kDefaultShardBytes);
   std::filesystem::rename(directory.path() / "model.safetensors", directory.path() / "part.safetensors");
   const auto open_with = [&](const std::string& tensor, const std::string& shard) {
-    put_file(directory.path() / "model.safetensors.index.json",
-             "{\"weight_map\":{\"" + tensor + "\":" + shard + "}}");
+    put_file(directory.path() / "model.safetensors.index.json", "{\"weight_map\":{\"" + tensor + "\":" + shard + "}}");
     return CheckpointReader::open(directory.path());
   };
   EXPECT_NO_THROW(open_with("a", "\"part.safetensors\""));
   EXPECT_ERROR(open_with("b", "\"part.safetensors\""), "tensor 'b' is not in its shard 'part.safetensors'");
   EXPECT_ERROR(open_with("a", "\"gone.safetensors\""), "No such file");
   EXPECT_ERROR(open_with("a", "3"), "must be a string");
-  for (const char* name : {"\"\"", "\".\"", "\"..\"", "\"../x\"", "\"/etc/passwd\"", "\"a/b\"", "\"a\\\\b\"", "\"x\\u0000\""}) {
+  for (const char* name :
+       {"\"\"", "\".\"", "\"..\"", "\"../x\"", "\"/etc/passwd\"", "\"a/b\"", "\"a\\\\b\"", "\"x\\u0000\""}) {
     EXPECT_ERROR(open_with("a", name), "plain file name");
   }
   put_file(directory.path() / "model.safetensors.index.json", "{}");

@@ -53,10 +53,10 @@ std::string error_of(const Function& function) {
   return "";
 }
 
-#define EXPECT_ERROR(statement, part)                              \
-  do {                                                             \
-    const std::string message = error_of([&] { statement; });      \
-    EXPECT_NE(message.find(part), std::string::npos) << message;   \
+#define EXPECT_ERROR(statement, part)                            \
+  do {                                                           \
+    const std::string message = error_of([&] { statement; });    \
+    EXPECT_NE(message.find(part), std::string::npos) << message; \
   } while (false)
 
 }  // namespace msa::files

@@ -22,7 +22,8 @@ std::string document(const std::string& changes = "{}") {
     {"id":23,"content":"<l>","lstrip":true,"rstrip":true,"normalized":false}],
     "pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},"decoder":{"type":"ByteLevel"},
     "model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2,"ab":3,"bc":4,"abc":5,"\u0120":6,"\u00c3":7,"\u00a9":8,"<s>":20},
-    "merges":[["b","c"],["a","b"],["a","bc"]]}})", "base");
+    "merges":[["b","c"],["a","b"],["a","bc"]]}})",
+                         "base");
   json.merge_patch(parse_json(changes, "changes"));
   return json.dump();
 }
@@ -30,7 +31,7 @@ std::string document(const std::string& changes = "{}") {
 Tokenizer make(const std::string& changes = "{}") { return Tokenizer::parse(document(changes), "tokenizer.json"); }
 
 TEST(Tokenizer, MergesByRank) {
-  EXPECT_EQ(make().encode("abc"), Ids{5});      // b c first, then a bc
+  EXPECT_EQ(make().encode("abc"), Ids{5});  // b c first, then a bc
   EXPECT_EQ(make().encode("ab"), Ids{3});
   EXPECT_EQ(make().encode("aab bc"), (Ids{0, 3, 6, 4}));
   EXPECT_EQ(make().encode(""), Ids{});
@@ -49,7 +50,7 @@ TEST(Tokenizer, AddedTokens) {
   const Tokenizer tokenizer = make();
   EXPECT_EQ(tokenizer.encode("a<s>b"), (Ids{0, 20, 1}));
   EXPECT_EQ(tokenizer.encode("<s><s>"), (Ids{20, 20}));
-  EXPECT_EQ(tokenizer.encode("<w> a<w>"), (Ids{22, 6, 0}));   // not beside a letter: its characters are unknown here
+  EXPECT_EQ(tokenizer.encode("<w> a<w>"), (Ids{22, 6, 0}));  // not beside a letter: its characters are unknown here
   EXPECT_EQ(tokenizer.encode("a \n <l>  b"), (Ids{0, 23, 1}));
   EXPECT_EQ(tokenizer.encode("a<s>b", {.parse_special_tokens = false}), (Ids{0, 1}));  // unknown characters
   EXPECT_TRUE(tokenizer.is_special(20));
@@ -116,7 +117,8 @@ TEST(Tokenizer, RefusesByName) {
 }
 
 TEST(Tokenizer, HostilePatternEndsInAnError) {
-  const Tokenizer tokenizer = make(R"({"pre_tokenizer":{"type":"Sequence","use_regex":null,"pretokenizers":[{"type":"Split",
+  const Tokenizer tokenizer =
+      make(R"({"pre_tokenizer":{"type":"Sequence","use_regex":null,"pretokenizers":[{"type":"Split",
     "pattern":{"Regex":"(?:a+)+[!?]"},"behavior":"Isolated"},{"type":"ByteLevel"}]}})");
   EXPECT_ERROR(tokenizer.encode(std::string(300, 'a')), "too many steps");
 }
@@ -124,7 +126,8 @@ TEST(Tokenizer, HostilePatternEndsInAnError) {
 TEST(TokenizerSettings, ReadsBothForms) {
   const TokenizerSettings settings = parse_tokenizer_settings(
       R"({"bos_token":{"content":"<s>"},"eos_token":"</s>","chat_template":[{"name":"tool","template":"x"},
-          {"name":"default","template":"y"}]})", "t");
+          {"name":"default","template":"y"}]})",
+      "t");
   EXPECT_EQ(settings.bos_token, "<s>");
   EXPECT_EQ(settings.eos_token, "</s>");
   EXPECT_EQ(settings.chat_template, "y");

@@ -18,7 +18,7 @@
 namespace msa::files {
 
 struct AddedToken {
-  std::string content;       // in normal form when `normalized`
+  std::string content;  // in normal form when `normalized`
   TokenId id = kNoToken;
   bool single_word = false;  // only between non-word characters
   bool left_strip = false;   // swallows white space before it

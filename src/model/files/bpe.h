@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte-level byte pair encoding: a piece of text starts as its bytes, and the adjacent pair of lowest rank is merged
 // until none is left. Pieces reach this code already split; see tokenizer.h. A heap of candidate pairs over a linked
-// list makes a piece of n bytes O(n log n). Tested in tests/unit/files_tokenizer_test.cc, tests/python/test_tokenizer.py.
+// list makes a piece of n bytes O(n log n). Tested in tests/unit/files_tokenizer_test.cc,
+// tests/python/test_tokenizer.py.
 #pragma once
 
 #include <array>

@@ -42,7 +42,8 @@ std::string find_default_system_prompt(std::string_view jinja) {
     rest.remove_prefix(newline);
     const std::string_view literal = rest.substr(0, rest.find(kChatMlEnd));
     const bool closed = literal.size() < rest.size();
-    const bool joined = literal.find("' +") != std::string_view::npos || literal.find("\" +") != std::string_view::npos ||
+    const bool joined = literal.find("' +") != std::string_view::npos ||
+                        literal.find("\" +") != std::string_view::npos ||
                         literal.find("{{") != std::string_view::npos || literal.find("}}") != std::string_view::npos;
     if (closed && !joined && !literal.empty()) return unescape(literal);
   }
@@ -77,9 +78,10 @@ ChatTemplate ChatTemplate::detect(const Tokenizer& tokenizer, const TokenizerSet
     result.end_of_message_ = *tokenizer.find_token(kLlamaEnd);
     return result;
   }
-  throw Error(jinja.empty() ? "this model has no chat template; give the prompt as plain text (--no-chat)"
-                            : "this model's chat template is neither ChatML nor Llama 3's; give the prompt as plain text "
-                              "with its markup (--no-chat)");
+  throw Error(jinja.empty()
+                  ? "this model has no chat template; give the prompt as plain text (--no-chat)"
+                  : "this model's chat template is neither ChatML nor Llama 3's; give the prompt as plain text "
+                    "with its markup (--no-chat)");
 }
 
 std::string ChatTemplate::render_chat(std::span<const ChatMessage> messages, bool add_generation_prompt) const {

@@ -18,7 +18,7 @@ namespace msa::files {
 namespace {
 
 constexpr std::size_t kMaxConfigBytes = 16'000'000;
-constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;      // hidden and intermediate sizes, heads
+constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;  // hidden and intermediate sizes, heads
 constexpr std::int64_t kMaxLayers = 4096;
 constexpr std::int64_t kMaxHeadDim = 4096;
 constexpr std::int64_t kMaxVocabulary = std::int64_t{1} << 24;
@@ -94,7 +94,8 @@ struct Reader {
   }
   /// The key, when present, must say what is implemented.
   void require_flag(const char* key, bool implemented) const {
-    if (flag(key, implemented) != implemented) fail(key, std::string(implemented ? "false" : "true") + " is not supported");
+    if (flag(key, implemented) != implemented)
+      fail(key, std::string(implemented ? "false" : "true") + " is not supported");
   }
   void require_text(const char* key, const std::string& implemented) const {
     const std::string value = text(key, implemented);
@@ -317,12 +318,14 @@ void require_minimax_m3_switches(const Reader& reader, const Reader& sparse, con
   reader.require_flag("use_gemma_norm", true);
   reader.require_flag("attention_output_gate", false);
   reader.require_text("scoring_func", "sigmoid");
-  if (reader.integer("n_shared_experts", 1, 0, kMaxExperts) != 1) reader.fail("n_shared_experts", "other than 1 is not supported");
+  if (reader.integer("n_shared_experts", 1, 0, kMaxExperts) != 1)
+    reader.fail("n_shared_experts", "other than 1 is not supported");
   sparse.require_text("sparse_score_type", "max");
   if (config.has_sparse_layers()) sparse.require_flag("use_sparse_attention", true);
   if (const Json* const list = sparse.find("sparse_disable_index_value"); list != nullptr && list->is_array()) {
-    const std::vector<bool> disabled = read_layer_flags(
-        *sparse.layer_list("sparse_disable_index_value", config.num_hidden_layers), sparse, "sparse_disable_index_value");
+    const std::vector<bool> disabled =
+        read_layer_flags(*sparse.layer_list("sparse_disable_index_value", config.num_hidden_layers), sparse,
+                         "sparse_disable_index_value");
     for (std::size_t i = 0; i < disabled.size(); ++i) {
       if (config.layer_types[i] == AttentionType::kSparse && !disabled[i]) {
         sparse.fail("sparse_disable_index_value", "0 in sparse layer " + std::to_string(i) + " is not supported");
@@ -371,7 +374,8 @@ ModelConfig read_config(const Json& document, const std::string& origin) {
     }
     config.head_dim = config.hidden_size / config.num_attention_heads;
   }
-  config.max_position_embeddings = reader.integer("max_position_embeddings", type.max_position_embeddings, 1, kMaxPositions);
+  config.max_position_embeddings =
+      reader.integer("max_position_embeddings", type.max_position_embeddings, 1, kMaxPositions);
   config.rms_norm_eps = reader.number("rms_norm_eps", 1e-6, 1e-30, 1.0);
   config.initializer_range = reader.number("initializer_range", 0.02, 0.0, 1e3);
   config.tie_word_embeddings = reader.flag("tie_word_embeddings", false) || top.flag("tie_word_embeddings", false);
@@ -407,7 +411,8 @@ ModelConfig read_config(const Json& document, const std::string& origin) {
   read_layer_types(reader, &config);
   const Json empty = Json::object();
   const Json* const nested_sparse = m3 ? reader.find("sparse_attention_config") : nullptr;
-  if (nested_sparse != nullptr && !nested_sparse->is_object()) reader.fail("sparse_attention_config", "must be an object");
+  if (nested_sparse != nullptr && !nested_sparse->is_object())
+    reader.fail("sparse_attention_config", "must be an object");
   const Reader sparse{nested_sparse == nullptr ? empty : *nested_sparse, origin};
   read_index(reader, sparse, &config);
   if (m3) {
@@ -459,7 +464,8 @@ Json flatten(const ModelConfig& config) {
   if (config.eos_token_ids.empty()) {
     flat["eos_token_id"] = nullptr;
   } else {
-    flat["eos_token_id"] = config.eos_token_ids.size() == 1 ? Json(config.eos_token_ids[0]) : Json(config.eos_token_ids);
+    flat["eos_token_id"] =
+        config.eos_token_ids.size() == 1 ? Json(config.eos_token_ids[0]) : Json(config.eos_token_ids);
   }
   if (config.model_type == "llama" || config.model_type == "qwen3") flat["attention_bias"] = config.o_bias;
   if (config.model_type == "llama") flat["mlp_bias"] = config.mlp_bias;
@@ -475,7 +481,8 @@ Json flatten(const ModelConfig& config) {
     flat["index_head_dim"] = config.index_head_dim;
     flat["index_block_size"] = config.index_block_size;
     const std::vector<std::int64_t>& topk = config.index_topk_blocks;
-    const bool one_value = !topk.empty() && topk[0] > 0 && std::count(topk.begin(), topk.end(), topk[0]) == std::ssize(topk);
+    const bool one_value =
+        !topk.empty() && topk[0] > 0 && std::count(topk.begin(), topk.end(), topk[0]) == std::ssize(topk);
     flat["index_topk_blocks"] = topk.empty() ? Json(nullptr) : one_value ? Json(topk[0]) : Json(topk);
     flat["index_local_blocks"] = config.index_local_blocks;
     flat["index_init_blocks"] = config.index_init_blocks;
@@ -500,7 +507,8 @@ Json flatten(const ModelConfig& config) {
 /// Puts one key into the object that describes the decoder and takes out every other way of saying the same.
 void store_key(Json& text, const std::string& key, const Json& value) {
   if (key == "rope_parameters") {
-    for (const char* old : {"rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"}) {
+    for (const char* old :
+         {"rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"}) {
       text.erase(old);
     }
   } else if (key == "dtype") {
@@ -542,10 +550,12 @@ void validate(const ModelConfig& config, const std::string& origin) {
         std::to_string(config.num_key_value_heads) + " must divide num_attention_heads " +
             std::to_string(config.num_attention_heads));
   check(config.rope.rotary_dim >= 2 && config.rope.rotary_dim % 2 == 0 && config.rope.rotary_dim <= config.head_dim,
-        "rope_parameters", "turns " + std::to_string(config.rope.rotary_dim) + " of head_dim " +
-                               std::to_string(config.head_dim) + " dimensions; an even number from 2 is needed");
+        "rope_parameters",
+        "turns " + std::to_string(config.rope.rotary_dim) + " of head_dim " + std::to_string(config.head_dim) +
+            " dimensions; an even number from 2 is needed");
   if (config.rope.type == RopeType::kLlama3) {
-    check(config.rope.low_freq_factor < config.rope.high_freq_factor, "high_freq_factor", "must exceed low_freq_factor");
+    check(config.rope.low_freq_factor < config.rope.high_freq_factor, "high_freq_factor",
+          "must exceed low_freq_factor");
   }
   const auto layers = static_cast<std::size_t>(config.num_hidden_layers);
   const std::string a_layer = "must have one entry for each of the " + std::to_string(layers) + " layers";
@@ -573,8 +583,8 @@ void validate(const ModelConfig& config, const std::string& origin) {
     for (std::size_t i = 0; i < layers; ++i) {
       const bool sparse = config.layer_types[i] == AttentionType::kSparse;
       check(config.index_topk_blocks[i] >= (sparse ? 1 : 0) && config.index_topk_blocks[i] <= kMaxTopk,
-            "index_topk_blocks", std::to_string(config.index_topk_blocks[i]) + " of layer " + std::to_string(i) +
-                                     " must be from 1 to 64");
+            "index_topk_blocks",
+            std::to_string(config.index_topk_blocks[i]) + " of layer " + std::to_string(i) + " must be from 1 to 64");
     }
   }
   if (config.is_minimax_m3()) {
@@ -614,13 +624,26 @@ std::string to_json(const ModelConfig& config) {
     }
   }
   const std::string result = document.dump(2) + "\n";
-  const Json written = flatten(read_config(parse_json(result, origin), origin));
+  const ModelConfig again = read_config(parse_json(result, origin), origin);
+  const Json written = flatten(again);
   for (const auto& [key, value] : wanted.items()) {
     if (!written.contains(key) || written[key] != value) {
-      throw Error(key_error(origin, key, "cannot be written: it would read back as " +
-                                             quote(written.contains(key) ? written[key].dump() : "nothing") +
-                                             " in place of " + quote(value.dump())));
+      throw Error(key_error(origin, key,
+                            "cannot be written: it would read back as " +
+                                quote(written.contains(key) ? written[key].dump() : "nothing") + " in place of " +
+                                quote(value.dump())));
     }
+  }
+  // What a model_type implies has no key of its own.
+  const bool same_biases =
+      again.qkv_bias == config.qkv_bias && again.o_bias == config.o_bias && again.mlp_bias == config.mlp_bias;
+  const bool same_norms = again.qk_norm == config.qk_norm && again.gemma_norm == config.gemma_norm;
+  if (!same_biases || !same_norms || again.rope != config.rope) {
+    throw Error(key_error(origin, "model_type",
+                          quote(config.model_type) + " cannot have these " +
+                              (!same_biases  ? "biases"
+                               : !same_norms ? "norms"
+                                             : "rope parameters")));
   }
   return result;
 }

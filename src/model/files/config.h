@@ -21,10 +21,10 @@ enum class RopeType { kDefault, kLinear, kLlama3 };
 struct RopeConfig {
   RopeType type = RopeType::kDefault;
   double theta = 10000.0;
-  std::int64_t rotary_dim = 0;      // even, at most head_dim
-  double factor = 1.0;              // linear, llama3: frequencies divided by this (llama3: the low ones)
-  double low_freq_factor = 1.0;     // llama3: wavelengths above original / low are divided by factor
-  double high_freq_factor = 4.0;    // llama3: wavelengths below original / high are left alone
+  std::int64_t rotary_dim = 0;    // even, at most head_dim
+  double factor = 1.0;            // linear, llama3: frequencies divided by this (llama3: the low ones)
+  double low_freq_factor = 1.0;   // llama3: wavelengths above original / low are divided by factor
+  double high_freq_factor = 4.0;  // llama3: wavelengths below original / high are left alone
   std::int64_t original_max_position_embeddings = 0;  // llama3: the context before the extension
   bool operator==(const RopeConfig&) const = default;
 };
@@ -71,8 +71,8 @@ struct ModelConfig {
   std::int64_t index_local_blocks = 1;
   std::int64_t index_init_blocks = 0;
   bool index_qk_norm = true;  // RMSNorm over index_head_dim of index queries and keys before RoPE
-  /// An index head is this many equal parts, each turned by RoPE as a head of the main branch is. 1: the first rotary_dim
-  /// dimensions turn and the rest pass (MiniMax-M3).
+  /// An index head is this many equal parts, each turned by RoPE as a head of the main branch is. 1: the first
+  /// rotary_dim dimensions turn and the rest pass (MiniMax-M3).
   std::int64_t index_rope_tiles = 1;
 
   // Mixture of experts (MiniMax-M3 only; otherwise empty and zero).
@@ -94,8 +94,8 @@ struct ModelConfig {
 };
 
 /// Parses and validates. `origin` names the text in errors. A missing optional key takes the default that the
-/// transformers package gives that model_type. Throws msa::Error naming the key that is missing, out of range or asks for
-/// something not supported.
+/// transformers package gives that model_type. Throws msa::Error naming the key that is missing, out of range or asks
+/// for something not supported.
 ModelConfig parse_model_config(std::string_view text, const std::string& origin);
 
 /// From a file, or from config.json in a directory.
@@ -105,9 +105,9 @@ ModelConfig load_model_config(const std::filesystem::path& path);
 /// msa::Error naming the key. O(layers).
 void validate(const ModelConfig& config, const std::string& origin);
 
-/// JSON text: `source` with the keys changed since parsing replaced and nothing else touched, or every key when there is
-/// no source. Throws msa::Error when the result would not read back as `config` (a combination that config.json cannot
-/// say, such as a bias on q but not on o in a llama model).
+/// JSON text: `source` with the keys changed since parsing replaced and nothing else touched, or every key when there
+/// is no source. Throws msa::Error when the result would not read back as `config` (a combination that config.json
+/// cannot say, such as a bias on q but not on o in a llama model).
 std::string to_json(const ModelConfig& config);
 
 /// What generation_config.json suggests.

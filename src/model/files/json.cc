@@ -118,8 +118,8 @@ std::int64_t read_int(const Json& object, const char* key, std::int64_t fallback
                       const std::string& origin) {
   const Json* const value = find_value(object, key);
   if (value == nullptr) return fallback;
-  const std::string rule =
-      "must be an integer from " + std::to_string(low) + " to " + std::to_string(high) + ", not " + quote(value->dump());
+  const std::string rule = "must be an integer from " + std::to_string(low) + " to " + std::to_string(high) + ", not " +
+                           quote(value->dump());
   if (!value->is_number_integer()) throw Error(key_error(origin, key, rule));
   const bool too_large = value->is_number_unsigned() &&
                          value->get<std::uint64_t>() > std::uint64_t{std::numeric_limits<std::int64_t>::max()};
@@ -135,8 +135,9 @@ double read_number(const Json& object, const char* key, double fallback, double 
   if (value == nullptr) return fallback;
   const double number = value->is_number() ? value->get<double>() : std::numeric_limits<double>::quiet_NaN();
   if (!(number >= low && number <= high)) {
-    throw Error(key_error(origin, key, "must be a number from " + Json(low).dump() + " to " + Json(high).dump() +
-                                           ", not " + quote(value->dump())));
+    throw Error(key_error(
+        origin, key,
+        "must be a number from " + Json(low).dump() + " to " + Json(high).dump() + ", not " + quote(value->dump())));
   }
   return number;
 }

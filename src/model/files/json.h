@@ -25,7 +25,8 @@ struct JsonLimits {
 };
 
 /// Parses one JSON document in UTF-8. `origin` names the document in errors. Throws msa::Error on a syntax error (with
-/// the position), a number out of range, a duplicate key, or a limit passed. O(text) time, memory bounded by max_values.
+/// the position), a number out of range, a duplicate key, or a limit passed. O(text) time, memory bounded by
+/// max_values.
 Json parse_json(std::string_view text, const std::string& origin, const JsonLimits& limits = {});
 
 /// The value of `key` in the object `object`, or nullptr when it is absent or null.

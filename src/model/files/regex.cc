@@ -75,8 +75,7 @@ struct Translator {
         if (!in_class) refuse("a word boundary");
         return copy(2);
       case 'C':
-      case 'Q':
-        refuse(std::string("\\") + peek(1));
+      case 'Q': refuse(std::string("\\") + peek(1));
       default:
         // \p{...}, \x{...}: their braces are no repetition.
         if (peek(2) == '{') {
@@ -241,8 +240,8 @@ Regex Regex::literal(std::string_view text, const std::string& origin) {
   std::string pattern;
   for (const char c : text) {
     const auto byte = static_cast<unsigned char>(c);
-    const bool plain = byte >= 0x80 || (byte >= '0' && byte <= '9') || (byte >= 'a' && byte <= 'z') ||
-                       (byte >= 'A' && byte <= 'Z');
+    const bool plain =
+        byte >= 0x80 || (byte >= '0' && byte <= '9') || (byte >= 'a' && byte <= 'z') || (byte >= 'A' && byte <= 'Z');
     if (!plain) pattern += '\\';
     pattern += c;
   }

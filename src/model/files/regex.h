@@ -21,9 +21,9 @@ class Regex {
   static Regex literal(std::string_view text, const std::string& origin);
 
   using Visit = std::function<void(std::size_t begin, std::size_t end)>;
-  /// Calls visit for each match in `text` (valid UTF-8, below 2 GiB), left to right, none overlapping; an empty match is
-  /// skipped where the one before it ended. Throws msa::Error when the steps allowed for a text of this length are used
-  /// up. Safe to call from several threads.
+  /// Calls visit for each match in `text` (valid UTF-8, below 2 GiB), left to right, none overlapping; an empty match
+  /// is skipped where the one before it ended. Throws msa::Error when the steps allowed for a text of this length are
+  /// used up. Safe to call from several threads.
   void for_each_match(std::string_view text, const Visit& visit) const;
   /// Whether a match starts at byte `position`, a character boundary.
   bool matches_at(std::string_view text, std::size_t position) const;

@@ -249,8 +249,9 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::
   for (const TensorInfo& tensor : result.tensors) {
     if (tensor.begin != expected) {
       throw Error(origin + ": tensor " + quote(tensor.name) + " starts at data byte " +
-                  std::to_string(tensor.begin - data_begin) + (tensor.begin < expected ? ", inside" : ", behind a hole after") +
-                  " the data that ends at " + std::to_string(expected - data_begin));
+                  std::to_string(tensor.begin - data_begin) +
+                  (tensor.begin < expected ? ", inside" : ", behind a hole after") + " the data that ends at " +
+                  std::to_string(expected - data_begin));
     }
     expected = tensor.end;
   }
@@ -323,7 +324,8 @@ CheckpointReader CheckpointReader::open(const std::filesystem::path& directory) 
   const std::string origin = quote(index_path.string());
   const Json index = parse_json(read_text_file(index_path, kMaxIndexBytes), origin);
   const Json* const weight_map = find_value(index, "weight_map");
-  if (weight_map == nullptr || !weight_map->is_object()) throw Error(key_error(origin, "weight_map", "must be an object"));
+  if (weight_map == nullptr || !weight_map->is_object())
+    throw Error(key_error(origin, "weight_map", "must be an object"));
   std::map<std::string, std::size_t> shard_by_file;
   for (const auto& [tensor, file] : weight_map->items()) {
     if (!file.is_string()) throw Error(origin + ": the shard of tensor " + quote(tensor) + " must be a string");

@@ -110,8 +110,8 @@ class CheckpointReader {
 using TensorSource = std::function<std::span<const std::byte>(std::size_t index)>;
 
 /// Writes one file, data in the order of `tensors`, header padded with spaces so that data starts at a multiple of 8.
-/// Atomic: the old file, if any, stays until the new one is complete. Throws msa::Error on a duplicate or reserved name,
-/// on bytes of the wrong length, and on a failed write (naming the file), leaving nothing behind.
+/// Atomic: the old file, if any, stays until the new one is complete. Throws msa::Error on a duplicate or reserved
+/// name, on bytes of the wrong length, and on a failed write (naming the file), leaving nothing behind.
 void write_safetensors(const std::filesystem::path& path, std::span<const TensorSpec> tensors,
                        const TensorSource& source, const Metadata& metadata = {});
 

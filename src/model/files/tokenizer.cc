@@ -88,8 +88,8 @@ struct TokenizerTables {
   TokenId largest_id = -1;
   bool normalize_nfc = false;
   std::vector<SplitStep> splits;
-  std::size_t byte_level_step = 0;  // pieces that reach this split step have reached ByteLevel
-  bool add_prefix_space = false;    // and then get a space in front when they have none
+  std::size_t byte_level_step = 0;     // pieces that reach this split step have reached ByteLevel
+  bool add_prefix_space = false;       // and then get a space in front when they have none
   AddedTokenMatcher raw_added;         // looked for in the text as it is
   AddedTokenMatcher normalized_added;  // and in the normalized text
   std::vector<TokenId> prefix;         // of the post-processor
@@ -149,7 +149,8 @@ void Loader::load_vocabulary(const Json& model) {
   tables_.tokens.reserve(vocab->size());
   for (const auto& [spelling, id] : vocab->items()) {
     if (!id.is_number_unsigned() || id.get<std::uint64_t>() > std::uint64_t{kMaxTokenId}) {
-      fail("model.vocab", "the id of " + quote(spelling) + " must be an integer from 0 to " + std::to_string(kMaxTokenId));
+      fail("model.vocab",
+           "the id of " + quote(spelling) + " must be an integer from 0 to " + std::to_string(kMaxTokenId));
     }
     const auto token = id.get<TokenId>();
     std::optional<std::string> bytes = spelled_bytes(spelling);
@@ -268,7 +269,7 @@ void Loader::load_split(const Json& part) {
   const std::string literal = read_string(*pattern, "String", "", where);
   if (regex.empty() == literal.empty()) fail("pre_tokenizer Split", "its pattern must be a Regex or a String");
   tables_.splits.push_back({literal.empty() ? Regex::compile(regex, where) : Regex::literal(literal, where),
-                           behavior->second, read_bool(part, "invert", false, where)});
+                            behavior->second, read_bool(part, "invert", false, where)});
 }
 
 void Loader::load_pre_tokenizer(const Json* part) {
@@ -314,7 +315,8 @@ void Loader::load_template(const Json& part) {
     const std::string id = special == nullptr ? "" : read_string(*special, "id", "", origin_);
     const Json* const entry = specials == nullptr ? nullptr : find_value(*specials, id.c_str());
     const Json* const ids = entry == nullptr ? nullptr : find_value(*entry, "ids");
-    if (ids == nullptr || !ids->is_array() || ids->size() > 64) fail(name, "special token " + quote(id) + " has no ids");
+    if (ids == nullptr || !ids->is_array() || ids->size() > 64)
+      fail(name, "special token " + quote(id) + " has no ids");
     for (const Json& value : *ids) {
       if (!value.is_number_unsigned() || value.get<std::uint64_t>() > std::uint64_t{kMaxTokenId}) {
         fail(name, "special token " + quote(id) + " has a broken id");
@@ -371,7 +373,8 @@ Loader::Loader(const Json& document, const std::string& origin, TokenizerTables*
   tables_.model.fuse_unknown = read_bool(*model, "fuse_unk", false, where);
   if (read_bool(*model, "ignore_merges", false, where)) {
     for (const auto& [spelling, id] : tables_.ids) {
-      if (const std::optional<std::string> bytes = spelled_bytes(spelling)) tables_.model.whole_pieces.emplace(*bytes, id);
+      if (const std::optional<std::string> bytes = spelled_bytes(spelling))
+        tables_.model.whole_pieces.emplace(*bytes, id);
     }
   }
   load_normalizer(find_value(document, "normalizer"));
@@ -394,8 +397,7 @@ std::vector<Span> split_spans(std::string_view text, const SplitStep& step) {
 
   std::vector<Span> result;
   switch (step.behavior) {
-    case SplitBehavior::kIsolated:
-      return spans;
+    case SplitBehavior::kIsolated: return spans;
     case SplitBehavior::kRemoved:
       for (const Span& span : spans) {
         if (!span.is_match) result.push_back(span);

@@ -33,8 +33,8 @@ class Tokenizer {
   static Tokenizer parse(std::string_view tokenizer_json, const std::string& origin);
 
   /// Token ids of `text`. Bytes that are not UTF-8 count as U+FFFD, one for each maximal broken sequence, as Python's
-  /// errors="replace" has it. O(n log n) for ordinary patterns; throws msa::Error when the tokenizer's pattern needs too
-  /// many steps on the text. Memory O(n).
+  /// errors="replace" has it. O(n log n) for ordinary patterns; throws msa::Error when the tokenizer's pattern needs
+  /// too many steps on the text. Memory O(n).
   std::vector<std::int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const;
 
   /// Text of the tokens, always valid UTF-8: broken sequences become U+FFFD. An id without a token adds nothing (models
@@ -73,14 +73,14 @@ class StreamingDecoder {
 
 /// What tokenizer_config.json says beside tokenizer.json.
 struct TokenizerSettings {
-  std::string bos_token;      // empty: none
+  std::string bos_token;  // empty: none
   std::string eos_token;
   std::string chat_template;  // Jinja text; from chat_template.jinja when that file is there; empty: none
 };
 
 TokenizerSettings parse_tokenizer_settings(std::string_view text, const std::string& origin);
-/// From the directory's tokenizer_config.json and chat_template.jinja, either of which may be missing. Throws msa::Error
-/// on a broken file.
+/// From the directory's tokenizer_config.json and chat_template.jinja, either of which may be missing. Throws
+/// msa::Error on a broken file.
 TokenizerSettings load_tokenizer_settings(const std::filesystem::path& directory);
 
 }  // namespace msa::files

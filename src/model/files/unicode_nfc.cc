@@ -45,9 +45,9 @@ void decompose(std::uint32_t code_point, std::u32string* out) {
     if (index % kTails != 0) out->push_back(kTailBase + index % kTails);
     return;
   }
-  const auto* const row =
-      std::lower_bound(std::begin(kDecompositions), std::end(kDecompositions), code_point,
-                       [](const Decomposition& candidate, std::uint32_t value) { return candidate.code_point < value; });
+  const auto* const row = std::lower_bound(
+      std::begin(kDecompositions), std::end(kDecompositions), code_point,
+      [](const Decomposition& candidate, std::uint32_t value) { return candidate.code_point < value; });
   if (row == std::end(kDecompositions) || row->code_point != code_point) {
     out->push_back(code_point);
     return;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Unicode normalization form C, which some tokenizers (Qwen's) apply before anything else: combining marks that have a
 // composed form are composed, others sorted into canonical order. Tables are generated from the Unicode database by
-// generate_nfc_tables.py. Tested in tests/python/test_tokenizer.py on every code point, and tests/unit/files_utf8_test.cc.
+// generate_nfc_tables.py. Tested in tests/python/test_tokenizer.py on every code point, and
+// tests/unit/files_utf8_test.cc.
 #pragma once
 
 #include <string>
