@@ -67,7 +67,7 @@ struct TrainOptions {
   std::int64_t probe_rows = 256;
   double probe_budget = 0.125;  ///< recalls at this share of the context
 
-  std::int64_t save_every = 0;  ///< steps between checkpoints; 0: at the end and when stopped
+  std::int64_t save_every = 0;  ///< steps between checkpoints; a stage's end and a stop make one anyway
   std::filesystem::path out;    ///< training_state.safetensors lives here; empty: nothing is kept
   bool resume = true;
 };
