@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,7 +24,7 @@ struct GenerateFlags {
   ModelOptions model;
   AttentionFlags attention;
   std::string prompt, prompt_file, system;
-  std::optional<bool> chat;  // unset: as the model was made
+  bool chat = false, no_chat = false;  // neither: as the model was made
   std::int64_t max_tokens = 256;
   std::int64_t chunk = 512;
   double temperature = 0.0;
@@ -55,7 +54,6 @@ class InterruptGuard {
 struct Prompt {
   std::vector<std::int32_t> tokens;
   std::vector<std::int64_t> stop_tokens;
-  bool is_chat = false;
 };
 
 Prompt encode_prompt(const GenerateFlags& flags, const files::Tokenizer& tokenizer, const files::ModelConfig& config) {
@@ -64,8 +62,8 @@ Prompt encode_prompt(const GenerateFlags& flags, const files::Tokenizer& tokeniz
   Prompt prompt;
   prompt.stop_tokens = files::stop_token_ids(config, files::load_generation_config(flags.model.directory));
   const files::TokenizerSettings settings = files::load_tokenizer_settings(flags.model.directory);
-  prompt.is_chat = flags.chat.value_or(!settings.chat_template.empty());
-  if (!prompt.is_chat) {
+  const bool is_chat = flags.chat || (!flags.no_chat && !settings.chat_template.empty());
+  if (!is_chat) {
     prompt.tokens = tokenizer.encode(text);
     return prompt;
   }
@@ -150,15 +148,14 @@ void add_generate_command(CLI::App& app) {
   CLI::App* const command = app.add_subcommand("generate", "Continue a prompt, or answer it");
   const auto flags = std::make_shared<GenerateFlags>();
   flags->model.add_to(*command);
-  CLI::Option_group * const source = command->add_option_group("Prompt");
+  CLI::Option_group* const source = command->add_option_group("Prompt");
   source->add_option("--prompt", flags->prompt, "The prompt");
   source->add_option("--prompt-file", flags->prompt_file, "File that holds the prompt")->check(CLI::ExistingFile);
   source->require_option(1);
   flags->attention.add_to(*command);
-  command->add_flag(
-      "--chat,!--no-chat", flags->chat,
-      "Put the prompt into the model's chat template as the user's message, or leave it as it is; default: "
-      "where the model has a template");
+  CLI::Option* const chat = command->add_flag(
+      "--chat", flags->chat, "Put the prompt into the model's chat template; the default where the model has one");
+  command->add_flag("--no-chat", flags->no_chat, "Take the prompt as it is")->excludes(chat);
   command->add_option("--system", flags->system, "System message of the chat, in place of the model's own");
   command->add_option("--max-tokens", flags->max_tokens, "New tokens at most")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 30))

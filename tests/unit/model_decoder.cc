@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decoder against itself and against plain formulas: packed and cached passes agree, sequences of a pack do not see
+// each other, modes do what they say, gradients arrive where they should, checkpoints survive a round trip. Equality
+// with transformers is tested in tests/python/test_decoder.py.
+#include "src/model/decoder.h"
+
+#include <c10/core/GradMode.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "msa/error.h"
+#include "src/model/decoder_math.h"
+#include "src/model/files/safetensors.h"
+#include "tests/unit/model_support.h"
+
+namespace msa::model {
+namespace {
+
+using testing::random_tokens;
+using testing::relative_error;
+using testing::tiny_config;
+
+// Two orders of magnitude above float32 rounding over three layers, three below what a wrong block would change.
+constexpr double kRounding = 1e-5;
+
+at::Tensor bounds_of(std::vector<int> bounds) { return at::tensor(bounds, at::kInt); }
+
+at::Tensor run_cached(const Decoder& decoder, const at::Tensor& tokens, std::int64_t chunk, std::int64_t page,
+                      const ForwardOptions& options) {
+  cache::PagedCache cache(decoder.cache_shape(page), cache::PagedCache::pages_for(tokens.numel(), page));
+  const std::int64_t sequence = cache.create_sequence();
+  std::vector<at::Tensor> parts;
+  for (std::int64_t begin = 0; begin < tokens.numel(); begin += chunk) {
+    const std::int64_t rows = std::min(chunk, tokens.numel() - begin);
+    parts.push_back(decoder.forward_cached(tokens.narrow(0, begin, rows), cache, sequence, options).hidden);
+  }
+  return at::cat(parts);
+}
+
+class TemporaryDirectory {
+ public:
+  explicit TemporaryDirectory(const std::string& name)
+      : path_(std::filesystem::path(::testing::TempDir()) / ("msa_model_decoder_" + name)) {
+    std::filesystem::remove_all(path_);
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  std::string path() const { return path_.string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(Decoder, CachedPassesEqualPackedOnes) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 1);
+  const at::Tensor tokens = random_tokens(131, 61, 1);
+  for (const AttentionMode mode :
+       {AttentionMode::kSparse, AttentionMode::kDense, AttentionMode::kWindow, AttentionMode::kOracle}) {
+    ForwardOptions options;
+    options.attention.mode = mode;
+    const at::Tensor whole = decoder.forward(tokens, bounds_of({0, 131}), options).hidden;
+    for (const std::int64_t chunk : {1, 5, 16, 100, 131}) {
+      for (const std::int64_t page : {16, 32}) {
+        EXPECT_LE(relative_error(run_cached(decoder, tokens, chunk, page, options), whole), kRounding)
+            << attention_mode_name(mode) << " chunk " << chunk << " page " << page;
+      }
+    }
+  }
+}
+
+TEST(Decoder, ModesDiffer) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 1);
+  const at::Tensor tokens = random_tokens(131, 61, 1);
+  const auto run = [&](AttentionMode mode, std::vector<std::int64_t> layer_topk = {}) {
+    ForwardOptions options;
+    options.attention.mode = mode;
+    options.attention.layer_topk = std::move(layer_topk);
+    return decoder.forward(tokens, bounds_of({0, 131}), options).hidden;
+  };
+  const at::Tensor dense = run(AttentionMode::kDense);
+  for (const AttentionMode mode : {AttentionMode::kSparse, AttentionMode::kWindow, AttentionMode::kOracle}) {
+    EXPECT_GT(relative_error(run(mode), dense), 100 * kRounding) << attention_mode_name(mode);
+    // The first 32 tokens see two blocks: every budget of two holds them all.
+    EXPECT_LE(relative_error(run(mode).narrow(0, 0, 32), dense.narrow(0, 0, 32)), kRounding);
+    EXPECT_LE(relative_error(run(mode, {9, 0, 9}), dense), kRounding) << "a budget of every block is dense attention";
+    EXPECT_TRUE(at::equal(run(mode, {0, 0, 0}), dense)) << "0 makes a layer dense";
+  }
+  EXPECT_GT(relative_error(run(AttentionMode::kWindow, {2, 2, 2}), run(AttentionMode::kWindow)), 100 * kRounding);
+}
+
+TEST(Decoder, WindowTakesTheFirstBlockAndTheLastOnes) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 1);
+  ForwardOptions options;
+  options.attention.mode = AttentionMode::kWindow;
+  options.attention.topk = 3;
+  at::Tensor blocks;
+  options.observer = [&](const LayerView& view) {
+    if (view.layer == 2) blocks = view.blocks;
+  };
+  decoder.forward(random_tokens(120, 61, 1), bounds_of({0, 20, 120}), options);
+  const auto row = [&](std::int64_t token) {
+    const at::Tensor ids = blocks.select(0, 1).select(0, token).contiguous();
+    return std::vector<int>(ids.const_data_ptr<int>(), ids.const_data_ptr<int>() + 3);
+  };
+  EXPECT_EQ(row(0), (std::vector<int>{0, -1, -1}));
+  EXPECT_EQ(row(19), (std::vector<int>{0, 1, -1}));
+  EXPECT_EQ(row(20), (std::vector<int>{0, -1, -1}));  // blocks are counted from the sequence's own start
+  EXPECT_EQ(row(20 + 47), (std::vector<int>{0, 1, 2}));
+  EXPECT_EQ(row(20 + 64), (std::vector<int>{0, 3, 4}));
+}
+
+TEST(Decoder, SequencesOfAPackDoNotSeeEachOther) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 2);
+  const at::Tensor tokens = random_tokens(150, 61, 2);
+  const ForwardOptions options;
+  const at::Tensor packed = decoder.forward(tokens, bounds_of({0, 1, 1, 60, 150}), options).hidden;
+  for (const auto& [begin, end] : std::vector<std::pair<int, int>>{{0, 1}, {1, 60}, {60, 150}}) {
+    const at::Tensor alone =
+        decoder.forward(tokens.narrow(0, begin, end - begin), bounds_of({0, end - begin}), options).hidden;
+    EXPECT_LE(relative_error(packed.narrow(0, begin, end - begin), alone), kRounding) << begin;
+  }
+}
+
+TEST(Decoder, TakesNoTokens) {
+  const Decoder decoder = Decoder::create(tiny_config(), 2);
+  EXPECT_EQ(decoder.forward(at::empty({0}, at::kLong), bounds_of({0}), {}).hidden.sizes(), at::IntArrayRef({0, 96}));
+}
+
+TEST(Decoder, RollbackAndCopyGiveTheSameAsAFreshRun) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 3);
+  const at::Tensor tokens = random_tokens(100, 61, 3), wrong = random_tokens(40, 61, 4);
+  const at::Tensor expected = run_cached(decoder, tokens, 50, 16, {}).narrow(0, 50, 50);
+  cache::PagedCache cache(decoder.cache_shape(16), 30);
+  const std::int64_t sequence = cache.create_sequence();
+  decoder.forward_cached(tokens.narrow(0, 0, 50), cache, sequence, {});
+  const std::int64_t copy = cache.copy_sequence(sequence);
+  decoder.forward_cached(wrong, cache, sequence, {});  // a draft that is refused
+  cache.crop(sequence, 50);
+  for (const std::int64_t id : {sequence, copy}) {
+    EXPECT_TRUE(at::equal(decoder.forward_cached(tokens.narrow(0, 50, 50), cache, id, {}).hidden, expected));
+  }
+}
+
+TEST(Decoder, AFailedPassLeavesTheCacheAsItWas) {
+  const Decoder decoder = Decoder::create(tiny_config(), 3);
+  cache::PagedCache cache(decoder.cache_shape(16), 3);
+  const std::int64_t sequence = cache.create_sequence();
+  decoder.forward_cached(random_tokens(20, 61, 1), cache, sequence, {});
+  EXPECT_THROW(decoder.forward_cached(random_tokens(40, 61, 1), cache, sequence, {}), Error);
+  EXPECT_THROW(decoder.forward_cached(at::full({1}, 61, at::kLong), cache, sequence, {}), Error);
+  ForwardOptions stops;
+  stops.observer = [](const LayerView& view) {
+    if (view.layer == 1) throw Error("stop");
+  };
+  EXPECT_THROW(decoder.forward_cached(random_tokens(2, 61, 1), cache, sequence, stops), Error);
+  EXPECT_EQ(cache.length(sequence), 20);
+  cache::PagedCache without_index(decoder.cache_shape(16, false), 3);
+  EXPECT_NE(message_of([&] {
+              decoder.forward_cached(random_tokens(2, 61, 1), without_index, without_index.create_sequence(), {});
+            }).find("no index keys for layer 0"),
+            std::string::npos);
+}
+
+TEST(Decoder, KlReachesTheIndexBranchOnly) {
+  Decoder decoder = Decoder::create(tiny_config(), 5);
+  for (auto& [name, tensor] : decoder.named_parameters()) decoder.parameter(name).set_requires_grad(true);
+  const at::Tensor tokens = random_tokens(80, 61, 5);
+  for (const AttentionMode mode : {AttentionMode::kDense, AttentionMode::kSparse}) {
+    ForwardOptions options;
+    options.attention.mode = mode;
+    options.with_kl = true;
+    const ForwardResult result = decoder.forward(tokens, bounds_of({0, 30, 80}), options);
+    ASSERT_EQ(result.layer_kl.size(), 3U);
+    EXPECT_TRUE(std::isnan(result.layer_kl[1]));
+    EXPECT_GT(result.layer_kl[0], 0);
+    EXPECT_NEAR(result.kl_sum.item<double>(), result.layer_kl[0] + result.layer_kl[2], 1e-5);
+    result.kl_sum.backward();
+    for (const auto& [name, tensor] : decoder.named_parameters()) {
+      EXPECT_EQ(tensor.grad().defined(), Decoder::is_index_parameter(name)) << name;
+      if (tensor.grad().defined()) {
+        EXPECT_GT(tensor.grad().abs().max().item<double>(), 0) << name;
+      }
+      tensor.mutable_grad() = at::Tensor();
+    }
+    // Without the detachment the loss moves the backbone too.
+    options.detach_index = false;
+    decoder.forward(tokens, bounds_of({0, 30, 80}), options).kl_sum.backward();
+    EXPECT_TRUE(decoder.parameter("model.embed_tokens.weight").grad().defined());
+    for (const auto& [name, tensor] : decoder.named_parameters()) tensor.mutable_grad() = at::Tensor();
+  }
+}
+
+TEST(Decoder, KlOnTheCacheEqualsThePackedOne) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 5);
+  const at::Tensor tokens = random_tokens(80, 61, 5);
+  for (const AttentionMode mode : {AttentionMode::kDense, AttentionMode::kSparse}) {
+    ForwardOptions options;
+    options.attention.mode = mode;
+    options.with_kl = true;
+    const ForwardResult packed = decoder.forward(tokens, bounds_of({0, 80}), options);
+    cache::PagedCache cache(decoder.cache_shape(16), 5);
+    const ForwardResult cached = decoder.forward_cached(tokens, cache, cache.create_sequence(), options);
+    EXPECT_NEAR(packed.layer_kl[2], cached.layer_kl[2], kRounding);
+  }
+}
+
+// The directional derivative of a loss through sparse layers, by central differences in the embedding.
+TEST(Decoder, LanguageModelGradientsReachEveryParameter) {
+  files::ModelConfig config = tiny_config();
+  config.index_topk_blocks.assign(3, 8);  // every block: finite differences must not cross a change of selection
+  Decoder decoder = Decoder::create(config, 6);
+  for (auto& [name, tensor] : decoder.named_parameters()) decoder.parameter(name).set_requires_grad(true);
+  const at::Tensor tokens = random_tokens(60, 61, 6), weights = at::rand({60, 96}, at::kFloat) - 0.5;
+  const auto loss = [&] { return (decoder.forward(tokens, bounds_of({0, 60}), {}).hidden * weights).sum(); };
+  loss().backward();
+  for (const auto& [name, tensor] : decoder.named_parameters()) {
+    if (Decoder::is_index_parameter(name)) continue;
+    ASSERT_TRUE(tensor.grad().defined()) << name;
+    const at::Tensor direction = tensor.grad() / tensor.grad().norm();
+    const double step = 2e-3 * tensor.detach().norm().item<double>();
+    const c10::NoGradGuard no_grad;
+    at::Tensor parameter = decoder.parameter(name).detach();
+    parameter.add_(direction, step);
+    const double above = loss().item<double>();
+    parameter.add_(direction, -2 * step);
+    const double below = loss().item<double>();
+    parameter.add_(direction, step);
+    const double expected = tensor.grad().norm().item<double>();
+    EXPECT_NEAR((above - below) / (2 * step), expected, 0.03 * expected) << name;
+  }
+}
+
+TEST(Decoder, CheckpointsSurviveARoundTrip) {
+  const c10::NoGradGuard no_grad;
+  const TemporaryDirectory directory("round_trip");
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const Decoder decoder = Decoder::create(tiny_config(), 7, dtype);
+    decoder.save(directory.path());
+    const Decoder again = Decoder::load(directory.path(), dtype);
+    const auto before = decoder.named_parameters(), after = again.named_parameters();
+    ASSERT_EQ(before.size(), after.size());
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      EXPECT_EQ(before[i].first, after[i].first);
+      EXPECT_TRUE(at::equal(before[i].second, after[i].second)) << before[i].first;
+    }
+    EXPECT_EQ(again.config().dtype, dtype == at::kFloat ? "float32" : "bfloat16");
+    EXPECT_EQ(again.config().index_rope_tiles, 2);
+  }
+}
+
+TEST(Decoder, AddsIndexBranches) {
+  const c10::NoGradGuard no_grad;
+  const TemporaryDirectory directory("add_index");
+  Decoder decoder = Decoder::create(tiny_config(), 8);
+  EXPECT_TRUE(decoder.has_index_branch(0));
+  EXPECT_FALSE(decoder.has_index_branch(1));
+  EXPECT_THROW(decoder.add_index_branch(0, 32), Error);
+  EXPECT_THROW(decoder.add_index_branch(1, 16), Error);  // the other layers have 32
+  EXPECT_THROW(decoder.add_index_branch(3, 32), Error);
+  decoder.add_index_branch(1, 32);
+  EXPECT_TRUE(decoder.has_index_branch(1));
+  EXPECT_EQ(decoder.parameter("model.layers.1.self_attn.indexer.q_proj.weight").sizes(), at::IntArrayRef({96, 96}));
+  decoder.save(directory.path());
+  EXPECT_TRUE(Decoder::load(directory.path()).has_index_branch(1));  // in a layer that config.json calls dense
+  EXPECT_EQ(decoder.cache_shape(16).layers[1].index_dim, 32);
+  EXPECT_THROW(decoder.cache_shape(24), Error);
+}
+
+TEST(Decoder, IndexBranchIsWhatTheForwardUses) {
+  const c10::NoGradGuard no_grad;
+  const Decoder decoder = Decoder::create(tiny_config(), 9);
+  ForwardOptions options;
+  int seen = 0;
+  options.observer = [&](const LayerView& view) {
+    if (!view.q_idx.defined()) return;
+    const auto [q_idx, k_idx] = decoder.index_branch(view.layer, view.x, at::arange(50, at::kLong));
+    EXPECT_TRUE(at::equal(q_idx, view.q_idx));
+    EXPECT_TRUE(at::equal(k_idx, view.k_idx));
+    ++seen;
+  };
+  decoder.forward(random_tokens(50, 61, 9), bounds_of({0, 50}), options);
+  EXPECT_EQ(seen, 2);
+  EXPECT_THROW(decoder.index_branch(1, at::zeros({1, 96}), at::arange(1, at::kLong)), Error);
+}
+
+TEST(Decoder, RefusesBadInput) {
+  const Decoder decoder = Decoder::create(tiny_config(), 1);
+  const at::Tensor tokens = random_tokens(10, 61, 1);
+  EXPECT_THROW(decoder.forward(tokens.to(at::kInt), bounds_of({0, 10}), {}), Error);
+  EXPECT_THROW(decoder.forward(tokens, bounds_of({0, 9}), {}), Error);
+  EXPECT_THROW(decoder.forward(tokens, bounds_of({0, 7, 3, 10}), {}), Error);
+  EXPECT_THROW(decoder.forward(tokens, at::tensor({0, 10}, at::kLong), {}), Error);
+  EXPECT_THROW(decoder.forward(tokens - 61, bounds_of({0, 10}), {}), Error);
+  ForwardOptions options;
+  options.attention.topk = 65;
+  EXPECT_THROW(decoder.forward(tokens, bounds_of({0, 10}), options), Error);
+  options.attention.topk = 0;
+  EXPECT_THROW(decoder.forward(tokens, bounds_of({0, 10}), options), Error);
+  options.attention = {};
+  options.attention.layer_topk = {1, 1};
+  EXPECT_THROW(decoder.forward(tokens, bounds_of({0, 10}), options), Error);
+  options.attention.layer_topk = {1, 1, 1};  // layer 1 has no index branch
+  EXPECT_NE(message_of([&] {
+              decoder.forward(tokens, bounds_of({0, 10}), options);
+            }).find("layer 1 has no index"),
+            std::string::npos);
+  options.attention.mode = AttentionMode::kOracle;  // which needs none
+  EXPECT_NO_THROW(decoder.forward(tokens, bounds_of({0, 10}), options));
+  EXPECT_THROW(parse_attention_mode("full"), Error);
+}
+
+TEST(DecoderMath, RopeTurnsEveryTileAlike) {
+  files::RopeConfig rope;
+  rope.rotary_dim = 4;
+  const RopeTable table = make_rope_table(rope, at::arange(5, 9, at::kLong));
+  const at::Tensor one = at::rand({4, 3, 8}, at::kFloat);
+  const at::Tensor turned = apply_rope(one, table);
+  EXPECT_TRUE(at::equal(turned.narrow(-1, 4, 4), one.narrow(-1, 4, 4)));  // the rest of a head passes
+  const at::Tensor tiled = apply_rope(at::cat({one, one}, -1), table, 2);
+  EXPECT_TRUE(at::equal(tiled, at::cat({turned, turned}, -1)));
+  const double angle = 6.0 * std::pow(10000.0, -0.5);
+  const double first = one[1][2][1].item<double>(), second = one[1][2][3].item<double>();
+  EXPECT_NEAR(turned[1][2][1].item<double>(), first * std::cos(angle) - second * std::sin(angle), 1e-6);
+  EXPECT_NEAR(turned[1][2][3].item<double>(), second * std::cos(angle) + first * std::sin(angle), 1e-6);
+}
+
+}  // namespace
+}  // namespace msa::model
