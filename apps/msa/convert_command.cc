@@ -32,7 +32,7 @@ struct ConvertFlags {
   bool calibrate = false;
   bool keep_budget = false;
   std::int64_t boost_layers = 2;
-  std::int64_t boost_topk = 64;
+  std::int64_t boost_topk = 48;
   std::int64_t rank_documents = 4;
   std::int64_t rank_context = 2048;
   bool force = false;

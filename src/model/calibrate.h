@@ -21,7 +21,7 @@ struct LayerGain {
 };
 
 struct RankOptions {
-  double budget = 0.125;      ///< share of a document that both may select
+  double budget = 0.25;  ///< share of a document that both may select: small ones blame every layer
   std::int64_t max_rows = 256;  ///< rows of a document
 };
 
