@@ -149,7 +149,7 @@ RetrievalDocument make_retrieval_document(const TextTools& tools, const Tokens& 
   std::vector<std::pair<std::string, std::string>> pairs;
   for (std::int64_t n = std::int64_t{1} << random.below(4); n > 0; --n) {
     std::string key = pick(kWords, random);
-    if (random.below(2) == 1) key += " " + pick(kWords, random);
+    if (random.below(2) == 1) key.append(" ").append(pick(kWords, random));
     const bool taken = std::any_of(pairs.begin(), pairs.end(), [&](const auto& pair) { return pair.first == key; });
     const std::string value = make_value(random);
     if (!taken) pairs.emplace_back(key, value);
@@ -161,14 +161,16 @@ RetrievalDocument make_retrieval_document(const TextTools& tools, const Tokens& 
     std::vector<ChatMessage> messages;
     for (std::size_t i = 0; i < std::min<std::size_t>(lines, 4); ++i) {
       const auto& [key, value] = pairs[order[i]];
-      messages.push_back({"user", (i == 0 ? "\n\n" : "") + fill(form.question, key, value)});
+      const std::string question = fill(form.question, key, value);
+      messages.push_back({"user", i == 0 ? std::string("\n\n").append(question) : question});
       messages.push_back({"assistant", fill(form.answer, key, value)});
     }
     const ChatFrame frame = frame_chat(tools, "", std::move(messages), false, "");
     std::vector<Tokens> statements;
     std::size_t used = frame.head.size() + frame.tail.size();
     for (std::size_t i = 0; i < lines; ++i) {
-      statements.push_back(tools.encode("\n" + fill(form.statement, pairs[i].first, pairs[i].second) + "\n"));
+      const std::string statement = fill(form.statement, pairs[i].first, pairs[i].second);
+      statements.push_back(tools.encode(std::string("\n").append(statement).append("\n")));
       used += statements.back().size();
     }
     const std::int64_t room = length - static_cast<std::int64_t>(used);

@@ -163,7 +163,8 @@ std::map<std::string, std::string> Run::fingerprint() const {
   };
   std::string stages;
   for (const TrainStage& stage : options_.stages) {
-    stages += (stages.empty() ? "" : ",") + std::string(stage.sparse ? "sparse:" : "warmup:") + std::to_string(stage.steps);
+    if (!stages.empty()) stages += ",";
+    stages.append(stage.sparse ? "sparse:" : "warmup:").append(std::to_string(stage.steps));
   }
   result["stages"] = stages;
   result["freeze_backbone"] = std::to_string(options_.freeze_backbone);

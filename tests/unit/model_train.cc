@@ -324,11 +324,6 @@ Curve run_training(const Corpus& corpus, TrainOptions options, std::int64_t stop
   return curve;
 }
 
-double field(const std::string& line, const std::string& key) {
-  const std::size_t at = line.find("\"" + key + "\":");
-  return std::stod(line.substr(at + key.size() + 3));
-}
-
 Corpus tiny_corpus() {
   std::vector<std::pair<std::string, std::string>> documents;
   for (int i = 0; i < 30; ++i) documents.emplace_back("doc" + std::to_string(i), prose(40, 700 + static_cast<std::uint64_t>(i)));
