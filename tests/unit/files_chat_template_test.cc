@@ -15,8 +15,12 @@ Tokenizer with_tokens(const std::vector<std::string>& tokens) {
   std::string added;
   int id = 10;
   for (const std::string& token : tokens) {
-    added += (added.empty() ? "" : ",") + ("{\"id\":" + std::to_string(id++)) + ",\"content\":\"" + token +
-             "\",\"special\":true}";
+    if (!added.empty()) added += ',';
+    added += R"({"id":)";
+    added += std::to_string(id++);
+    added += R"(,"content":")";
+    added += token;
+    added += R"(","special":true})";
   }
   return Tokenizer::parse(
       "{\"added_tokens\":[" + added + R"(],"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},
