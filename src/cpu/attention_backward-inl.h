@@ -5,9 +5,11 @@
 // an order that the row's or the block's own list fixes. Tested in tests/unit/sparse_attention_test.cc and
 // dense_attention_test.cc.
 //
-// With P = e^(scale S - lse), S = Q K^T, and dP = dO V^T:  dS = P (dP - rowsum(dO O) + dlse),
-// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO. A float's lse is off by up to 2^-24 |lse|, and with it a whole row of
-// P: the query pass sums each row, and both passes divide by the sum.
+// With P = softmax(scale S), S = Q K^T, and dP = dO V^T:  dS = P (dP - rowsum(P dP) + dlse),
+// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO. P comes from the row's own maximum and sum and rowsum(P dP) from the
+// numbers that dS is made of, not from the saved lse and out: their rounding would move a whole row, and leave a gradient
+// where the two terms cancel (a row of one key has none). So the query pass goes through its blocks twice; score tiles of
+// the first time are kept for the second as far as there is room.
 #if defined(MSA_CPU_ATTENTION_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BACKWARD_INL_H_
 #undef MSA_CPU_ATTENTION_BACKWARD_INL_H_
@@ -17,7 +19,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "msa/attention.h"
 #include "src/core/layout.h"
@@ -26,157 +27,270 @@
 #include "src/cpu/block_walk.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/row_ops-inl.h"
+#include "src/cpu/softmax-inl.h"
 #include "src/cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// scores = weight P and grads = weight dS, from S and dP; `term` is dlse - rowsum(dO O). Columns that the row does not see
-/// get meaningless values: nobody reads them.
-inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, float lse, float term, float weight,
+/// Sum of a[0, count) times b.
+inline HWY_ATTR float dot_visible(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, std::int64_t count) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  auto sum = hn::Zero(df);
+  std::int64_t j = 0;
+  for (; j + lanes <= count; j += lanes) sum = hn::MulAdd(hn::LoadU(df, a + j), hn::LoadU(df, b + j), sum);
+  if (j < count) {
+    const auto mask = hn::FirstN(df, static_cast<std::size_t>(count - j));
+    const auto product = hn::Mul(hn::LoadU(df, a + j), hn::LoadU(df, b + j));
+    sum = hn::Add(sum, hn::IfThenElseZero(mask, product));
+  }
+  return hn::GetLane(hn::SumOfLanes(df, sum));
+}
+
+// Columns of a row that it does not see hold meaningless values in the next two, before and after: nobody reads them.
+
+/// grads = dS = P (dP + offset) from grads = dP and P = factor * exponentials.
+inline HWY_ATTR void finish_row(std::int64_t columns, float factor, float offset, const float* HWY_RESTRICT exponentials,
+                                float* HWY_RESTRICT grads) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto f = hn::Set(df, factor);
+  const auto o = hn::Set(df, offset);
+  for (std::int64_t j = 0; j < columns; j += lanes) {
+    const auto p = hn::Mul(hn::LoadU(df, exponentials + j), f);
+    hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), o)), df, grads + j);
+  }
+}
+
+/// scores = P and grads = dS from scores = S and grads = dP.
+inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, const RowTerms& terms,
                                        float* HWY_RESTRICT scores, float* HWY_RESTRICT grads) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  const auto factor = hn::Set(df, scale);
-  const auto shift = hn::Set(df, lse);
-  const auto offset = hn::Set(df, term);
-  const auto w = hn::Set(df, weight);
+  const auto s = hn::Set(df, scale);
+  const auto shift = hn::Set(df, terms.shift);
+  const auto weight = hn::Set(df, terms.weight);
+  const auto offset = hn::Set(df, terms.offset);
   for (std::int64_t j = 0; j < columns; j += lanes) {
-    const auto p = hn::Mul(exp_lanes(hn::MulSub(hn::LoadU(df, scores + j), factor, shift)), w);
+    // Scaled and rounded before the subtraction, as the maximum was: its own exponential is exactly 1.
+    const auto p = hn::Mul(exp_lanes(hn::Sub(hn::Mul(hn::LoadU(df, scores + j), s), shift)), weight);
     hn::StoreU(p, df, scores + j);
     hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), offset)), df, grads + j);
   }
 }
 
-/// Sum of row[0, count).
-inline HWY_ATTR float sum_row(const float* HWY_RESTRICT row, std::int64_t count) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  auto sum = hn::Zero(df);
-  std::int64_t j = 0;
-  for (; j + lanes <= count; j += lanes) sum = hn::Add(sum, hn::LoadU(df, row + j));
-  if (j < count) {
-    const auto mask = hn::FirstN(df, static_cast<std::size_t>(count - j));
-    sum = hn::Add(sum, hn::IfThenElseZero(mask, hn::LoadU(df, row + j)));
+/// The query pass over a chunk of queries and one group.
+class QueryPass {
+ public:
+  /// `scratch` is laid out by `layout`.
+  HWY_ATTR QueryPass(const BackwardProblem& problem, const AttentionShape& shape, const QueryPassLayout& layout,
+                     const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+      : problem_(problem),
+        shape_(shape),
+        layout_(layout),
+        sequence_(core::get_sequence(*problem.batch, chunk.sequence)),
+        kv_head_(kv_head),
+        first_row_(sequence_.query_begin + chunk.begin),
+        first_head_(kv_head * shape.group_size),
+        rows_((chunk.end - chunk.begin) * shape.group_size),
+        tile_stride_(backward_tile_stride(shape.block_size)),
+        scratch_(scratch),
+        row_sums_(reinterpret_cast<RowSums*>(scratch + layout.row_sums)),
+        key_rows_(problem.k, *problem.batch),
+        value_rows_(problem.v, *problem.batch),
+        walk_(*problem.batch, sequence_, problem.blocks, kv_head, shape.block_size, chunk.begin, chunk.end,
+              reinterpret_cast<std::int32_t*>(scratch + layout.walk)) {
+    const std::int64_t count = chunk.end - chunk.begin;
+    load_query_rows(problem.q, first_row_, count, first_head_, shape.group_size, scratch + layout.queries);
+    load_query_rows(problem.saved.dout, first_row_, count, first_head_, shape.group_size, scratch + layout.out_grads);
   }
-  return hn::GetLane(hn::SumOfLanes(df, sum));
-}
 
-/// dlse - rowsum(dO O) of the rows of a chunk and group, into terms[row * query_heads + head]; `out_grads` holds their dO.
-inline HWY_ATTR void write_terms(const BackwardProblem& problem, std::int64_t first_row, std::int64_t count,
-                                 std::int64_t first_head, std::int64_t group_size, const float* out_grads,
-                                 RowTerms* terms) {
-  const std::int64_t value_dim = problem.v.size(2);
-  const std::int64_t query_heads = problem.q.size(1);
-  alignas(64) float out[kMaxHeadDim];
-  for (std::int64_t i = 0; i < count; ++i) {
-    for (std::int64_t h = 0; h < group_size; ++h) {
-      const std::int64_t row = first_row + i;
-      const std::int64_t head = first_head + h;
-      load_row(head_row(problem.saved.out, row, head), problem.saved.out.dtype, value_dim, out);
-      const float delta = dot_rows(out_grads + (i * group_size + h) * value_dim, out, value_dim);
-      const float dlse = problem.saved.dlse.empty() ? 0.0f : read_float(problem.saved.dlse, row, head);
-      terms[row * query_heads + head].offset = dlse - delta;
+  /// First time through the blocks: terms[row * query_heads + head] of all rows.
+  HWY_ATTR void find_terms(RowTerms* terms) {
+    std::fill(row_sums_, row_sums_ + rows_, RowSums{});
+    pass_tiles(true, [&](const Tile& tile) HWY_ATTR {
+      for (std::int64_t r = 0; r < tile.rows; ++r) {
+        const float* scores = tile.scores + r * tile_stride_;
+        const std::int64_t visible = walk_.visible_keys(tile.members[r / tile.heads]);
+        RowSums& sums = row_sums_[row_of(tile, r)];
+        const float largest = scores[shape_.block_size];
+        const float top = largest > sums.largest ? largest : sums.largest;
+        // e^(-inf) = 0 takes nothing along from before the first block.
+        const auto before = static_cast<double>(exp_one(sums.largest - softmax_shift(top)));
+        const auto here = static_cast<double>(exp_one(softmax_shift(largest) - softmax_shift(top)));
+        sums.total = sums.total * before + static_cast<double>(scores[shape_.block_size + 1]) * here;
+        sums.weighted = sums.weighted * before +
+                        static_cast<double>(dot_visible(scores, tile.grads + r * tile_stride_, visible)) * here;
+        sums.largest = top;
+      }
+    });
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      const RowSums& sums = row_sums_[r];
+      RowTerms& row = terms_of(terms, r);
+      row = RowTerms{};
+      if (sums.total == 0) continue;  // no block, or no score above -inf: no gradient
+      const ConstTensorView& dlse = problem_.saved.dlse;
+      const float lse_grad = dlse.empty() ? 0.0f : read_float(dlse, tensor_row(r), tensor_head(r));
+      row.shift = softmax_shift(sums.largest);
+      row.weight = static_cast<float>(1.0 / sums.total);
+      row.offset = static_cast<float>(static_cast<double>(lse_grad) - sums.weighted / sums.total);
     }
   }
-}
 
-/// One task of the query pass: terms and dq of the rows of a chunk and group. `scratch` is laid out by `layout`.
-inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const AttentionShape& shape,
-                                    const QueryPassLayout& layout, const QueryChunk& chunk, std::int64_t kv_head,
-                                    float* scratch, RowTerms* terms) {
-  const core::Sequence sequence = core::get_sequence(*problem.batch, chunk.sequence);
-  const std::int64_t group_size = shape.group_size;
-  const std::int64_t head_dim = shape.head_dim;
-  const std::int64_t value_dim = shape.value_dim;
-  const std::int64_t count = chunk.end - chunk.begin;
-  const std::int64_t first_row = sequence.query_begin + chunk.begin;
-  const std::int64_t first_head = kv_head * group_size;
-  const std::int64_t query_heads = problem.q.size(1);
-  const std::int64_t key_stride = padded_stride(head_dim);
-  const std::int64_t tile_stride = padded_stride(shape.block_size);
-  const std::int64_t tile_queries = backward_tile_queries(group_size);
-  float* queries = scratch + layout.queries;
-  float* out_grads = scratch + layout.out_grads;
-  float* query_grads = scratch + layout.query_grads;
-  float* keys = scratch + layout.keys;
-  float* keys_t = scratch + layout.keys_t;
-  float* values_t = scratch + layout.values_t;
-  float* scores = scratch + layout.scores;
-  float* grads = scratch + layout.grads;
-  float* sums = scratch + layout.sums;
-  auto* totals = reinterpret_cast<double*>(scratch + layout.totals);
+  /// Second time: dq.
+  HWY_ATTR void write_query_grads(RowTerms* terms) {
+    const std::int64_t head_dim = shape_.head_dim;
+    const std::int64_t key_stride = padded_stride(head_dim);
+    float* query_grads = scratch_ + layout_.query_grads;
+    float* sums = scratch_ + layout_.sums;
+    const float* keys = scratch_ + layout_.keys;
+    std::fill(query_grads, query_grads + rows_ * head_dim, 0.0f);
+    pass_tiles(false, [&](const Tile& tile) HWY_ATTR {
+      const std::int64_t block_keys = walk_.block_keys();
+      for (std::int64_t r = 0; r < tile.rows; ++r) {
+        const float* scores = tile.scores + r * tile_stride_;
+        const RowTerms& row = terms_of(terms, row_of(tile, r));
+        const float factor = exp_one(softmax_shift(scores[shape_.block_size]) - row.shift) * row.weight;
+        finish_row(padded_columns(block_keys), factor, row.offset, scores, tile.grads + r * tile_stride_);
+      }
+      // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
+      const auto sum_keys = [&](std::int64_t first, std::int64_t count, std::int64_t visible) HWY_ATTR {
+        product(count, head_dim, visible, tile.grads + first * tile_stride_, tile_stride_, 1, keys, key_stride,
+                sums + first * head_dim, head_dim, false);
+      };
+      std::int64_t first = 0;
+      for (; first < tile.rows; first += tile.heads) {
+        const std::int64_t visible = walk_.visible_keys(tile.members[first / tile.heads]);
+        if (visible == block_keys) break;
+        sum_keys(first, tile.heads, visible);
+      }
+      sum_keys(first, tile.rows - first, block_keys);
+      for (std::int64_t r = 0; r < tile.rows; ++r) {
+        add_row(sums + r * head_dim, head_dim, query_grads + row_of(tile, r) * head_dim);
+      }
+    });
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      float* grad = query_grads + r * head_dim;
+      scale_row(problem_.scale, head_dim, grad);
+      store_row(grad, head_dim, problem_.grads.dq.dtype, head_row(problem_.grads.dq, tensor_row(r), tensor_head(r)));
+    }
+  }
 
-  load_query_rows(problem.q, first_row, count, first_head, group_size, queries);
-  load_query_rows(problem.saved.dout, first_row, count, first_head, group_size, out_grads);
-  write_terms(problem, first_row, count, first_head, group_size, out_grads, terms);
-  std::fill(query_grads, query_grads + count * group_size * head_dim, 0.0f);
-  std::fill(totals, totals + count * group_size, 0.0);
+ private:
+  // Some queries that attend to a block, and some heads of the group (all, but in giant groups): row r is head
+  // first_head + r % heads of query members[r / heads] of the chunk. A row of `scores` holds e^(score - block maximum), and
+  // the maximum and the sum in the two columns behind the keys; a row of `grads` dP.
+  struct Tile {
+    const std::int32_t* members;
+    std::int64_t first_head;
+    std::int64_t heads;
+    std::int64_t rows;
+    float* scores;
+    float* grads;
+  };
 
-  const core::KeyRows key_rows(problem.k, *problem.batch);
-  const core::KeyRows value_rows(problem.v, *problem.batch);
-  BlockWalk walk(*problem.batch, sequence, problem.blocks, kv_head, shape.block_size, chunk.begin, chunk.end,
-                 reinterpret_cast<std::int32_t*>(scratch + layout.walk));
-  const float* query_of[kScoreRows];
-  const float* out_grad_of[kScoreRows];
-  while (walk.next()) {
-    const std::int64_t block_begin = walk.block() * shape.block_size;
-    const std::int64_t block_keys = walk.block_keys();
-    const std::int64_t columns = padded_columns(block_keys);
-    load_value_rows(key_rows, problem.k.dtype, chunk.sequence, kv_head, block_begin, block_keys, head_dim, keys,
-                    key_stride);
-    transpose_keys(keys, key_stride, block_keys, head_dim, keys_t, tile_stride);
-    load_keys_transposed(value_rows, problem.v.dtype, chunk.sequence, kv_head, block_begin, block_keys, value_dim,
-                         values_t, tile_stride);
-    for (std::int64_t t0 = 0; t0 < walk.count(); t0 += tile_queries) {
-      const std::int32_t* members = walk.members() + t0;
-      const std::int64_t members_here = std::min(tile_queries, walk.count() - t0);
-      const std::int64_t heads_at_once = std::min(group_size, kScoreRows);  // less than group_size only in giant groups
-      for (std::int64_t h0 = 0; h0 < group_size; h0 += heads_at_once) {
-        const std::int64_t heads = std::min(heads_at_once, group_size - h0);
-        const std::int64_t rows = members_here * heads;
-        for (std::int64_t r = 0; r < rows; ++r) {
-          const std::int64_t row = members[r / heads] * group_size + h0 + r % heads;
-          query_of[r] = queries + row * head_dim;
-          out_grad_of[r] = out_grads + row * value_dim;
-        }
-        const StridedRows<float> score_of{scores, tile_stride};
-        const StridedRows<float> grad_of{grads, tile_stride};
-        product_of_rows(rows, columns, head_dim, query_of, 1, keys_t, tile_stride, score_of, false);
-        product_of_rows(rows, columns, value_dim, out_grad_of, 1, values_t, tile_stride, grad_of, false);
-        for (std::int64_t r = 0; r < rows; ++r) {
-          const std::int64_t i = members[r / heads];
-          const std::int64_t head = first_head + h0 + r % heads;
-          differentiate_row(columns, problem.scale, read_float(problem.saved.lse, first_row + i, head),
-                            terms[(first_row + i) * query_heads + head].offset, 1.0f, score_of[r], grad_of[r]);
-          totals[i * group_size + h0 + r % heads] += static_cast<double>(sum_row(score_of[r], walk.visible_keys(i)));
-        }
-        // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
-        std::int64_t t = 0;
-        for (; t < members_here && walk.visible_keys(members[t]) < block_keys; ++t) {
-          product(heads, head_dim, walk.visible_keys(members[t]), grad_of[t * heads], tile_stride, 1, keys, key_stride,
-                  sums + t * heads * head_dim, head_dim, false);
-        }
-        product((members_here - t) * heads, head_dim, block_keys, grad_of[t * heads], tile_stride, 1, keys, key_stride,
-                sums + t * heads * head_dim, head_dim, false);
-        for (std::int64_t r = 0; r < rows; ++r) {
-          add_row(sums + r * head_dim, head_dim,
-                  query_grads + (members[r / heads] * group_size + h0 + r % heads) * head_dim);
+  // Rows are counted within the chunk, query by query.
+  std::int64_t row_of(const Tile& tile, std::int64_t r) const {
+    return tile.members[r / tile.heads] * shape_.group_size + tile.first_head + r % tile.heads;
+  }
+  std::int64_t tensor_row(std::int64_t row) const { return first_row_ + row / shape_.group_size; }
+  std::int64_t tensor_head(std::int64_t row) const { return first_head_ + row % shape_.group_size; }
+  RowTerms& terms_of(RowTerms* terms, std::int64_t row) const {
+    return terms[tensor_row(row) * problem_.q.size(1) + tensor_head(row)];
+  }
+
+  // Calls body(tile) for all tiles, blocks ascending; the second time with the block's keys in layout_.keys.
+  template <class Body>
+  HWY_ATTR void pass_tiles(bool is_first, const Body& body) {
+    const std::int64_t tile_queries = backward_tile_queries(shape_.group_size);
+    const std::int64_t heads_at_once = std::min(shape_.group_size, kScoreRows);
+    std::int64_t used = 0;
+    walk_.rewind();
+    while (walk_.next()) {
+      bool is_loaded = false;
+      const std::int64_t block_begin = walk_.block() * shape_.block_size;
+      if (!is_first) {
+        load_value_rows(key_rows_, problem_.k.dtype, sequence_.index, kv_head_, block_begin, walk_.block_keys(),
+                        shape_.head_dim, scratch_ + layout_.keys, padded_stride(shape_.head_dim));
+      }
+      for (std::int64_t t0 = 0; t0 < walk_.count(); t0 += tile_queries) {
+        for (std::int64_t h0 = 0; h0 < shape_.group_size; h0 += heads_at_once) {
+          Tile tile;
+          tile.members = walk_.members() + t0;
+          tile.first_head = h0;
+          tile.heads = std::min(heads_at_once, shape_.group_size - h0);
+          tile.rows = std::min(tile_queries, walk_.count() - t0) * tile.heads;
+          const std::int64_t floats = 2 * tile.rows * tile_stride_;
+          const bool is_kept = used + floats <= layout_.strip_floats;
+          tile.scores = scratch_ + (is_kept ? layout_.strip + used : layout_.tile);
+          tile.grads = tile.scores + tile.rows * tile_stride_;
+          if (is_kept) used += floats;
+          if (is_first || !is_kept) {
+            if (!is_loaded) load_block(block_begin);
+            is_loaded = true;
+            compute_tile(tile);
+          }
+          body(tile);
         }
       }
     }
   }
-  for (std::int64_t r = 0; r < count * group_size; ++r) {
-    const std::int64_t row = first_row + r / group_size;
-    const std::int64_t head = first_head + r % group_size;
-    float* grad = query_grads + r * head_dim;
-    const bool has_blocks = read_float(problem.saved.lse, row, head) != -std::numeric_limits<float>::infinity();
-    const float weight = has_blocks ? static_cast<float>(1.0 / totals[r]) : 1.0f;
-    terms[row * query_heads + head].weight = weight;
-    scale_row(problem.scale * weight, head_dim, grad);
-    store_row(grad, head_dim, problem.grads.dq.dtype, head_row(problem.grads.dq, row, head));
+
+  HWY_ATTR void load_block(std::int64_t begin) {
+    const std::int64_t stride = padded_stride(shape_.block_size);
+    load_keys_transposed(key_rows_, problem_.k.dtype, sequence_.index, kv_head_, begin, walk_.block_keys(),
+                         shape_.head_dim, scratch_ + layout_.keys_t, stride);
+    load_keys_transposed(value_rows_, problem_.v.dtype, sequence_.index, kv_head_, begin, walk_.block_keys(),
+                         shape_.value_dim, scratch_ + layout_.values_t, stride);
   }
+
+  HWY_ATTR void compute_tile(const Tile& tile) {
+    const float* query_of[kScoreRows];
+    const float* out_grad_of[kScoreRows];
+    for (std::int64_t r = 0; r < tile.rows; ++r) {
+      query_of[r] = scratch_ + layout_.queries + row_of(tile, r) * shape_.head_dim;
+      out_grad_of[r] = scratch_ + layout_.out_grads + row_of(tile, r) * shape_.value_dim;
+    }
+    const std::int64_t columns = padded_columns(walk_.block_keys());
+    const std::int64_t stride = padded_stride(shape_.block_size);
+    product_of_rows(tile.rows, columns, shape_.head_dim, query_of, 1, scratch_ + layout_.keys_t, stride,
+                    StridedRows<float>{tile.scores, tile_stride_}, false);
+    product_of_rows(tile.rows, columns, shape_.value_dim, out_grad_of, 1, scratch_ + layout_.values_t, stride,
+                    StridedRows<float>{tile.grads, tile_stride_}, false);
+    for (std::int64_t r = 0; r < tile.rows; ++r) {
+      float* row = tile.scores + r * tile_stride_;
+      const std::int64_t visible = walk_.visible_keys(tile.members[r / tile.heads]);
+      const float largest = scale_and_max(row, visible, problem_.scale);
+      row[shape_.block_size + 1] = exp_and_sum(row, visible, softmax_shift(largest));
+      row[shape_.block_size] = largest;
+    }
+  }
+
+  const BackwardProblem& problem_;
+  const AttentionShape& shape_;
+  const QueryPassLayout& layout_;
+  core::Sequence sequence_;
+  std::int64_t kv_head_;
+  std::int64_t first_row_;
+  std::int64_t first_head_;
+  std::int64_t rows_;
+  std::int64_t tile_stride_;
+  float* scratch_;
+  RowSums* row_sums_;
+  core::KeyRows key_rows_;
+  core::KeyRows value_rows_;
+  BlockWalk walk_;
+};
+
+/// One task of the query pass: terms and dq of the rows of a chunk and group.
+inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const AttentionShape& shape,
+                                    const QueryPassLayout& layout, const QueryChunk& chunk, std::int64_t kv_head,
+                                    float* scratch, RowTerms* terms) {
+  QueryPass pass(problem, shape, layout, chunk, kv_head, scratch);
+  pass.find_terms(terms);
+  pass.write_query_grads(terms);
 }
 
 // Adds what queries [begin, end) of a block's list give to its dk (unscaled) and dv, in `split`.
@@ -206,48 +320,51 @@ inline HWY_ATTR void sum_split(const BackwardProblem& problem, const AttentionSh
   float* value_part = key_part + shape.block_size * head_dim;
 
   std::fill(split, split + part_floats, 0.0f);
-  // One chain of roundings for 8 tiles, then a sum of such chains: long lists lose fewer digits than in a single chain.
-  constexpr std::int64_t kTilesPerPart = 8;
-  for (std::int64_t p0 = begin; p0 < end; p0 += kTilesPerPart * tile_queries) {
-    const std::int64_t p1 = std::min(end, p0 + kTilesPerPart * tile_queries);
-    std::fill(key_part, key_part + part_floats, 0.0f);
-    for (std::int64_t t0 = p0; t0 < p1; t0 += tile_queries) {
-      const std::int64_t members = std::min(tile_queries, p1 - t0);
-      const std::int64_t rows = members * group_size;
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t row = sequence.query_begin + list.query(t0 + r / group_size);
-        const std::int64_t head = first_head + r % group_size;
-        load_row(head_row(problem.q, row, head), problem.q.dtype, head_dim, queries + r * query_stride);
-        load_row(head_row(problem.saved.dout, row, head), problem.saved.dout.dtype, value_dim,
-                 out_grads + r * out_grad_stride);
-      }
-      product(rows, columns, head_dim, queries, query_stride, 1, keys_t, tile_stride, scores, tile_stride, false);
-      product(rows, columns, value_dim, out_grads, out_grad_stride, 1, values_t, tile_stride, grads, tile_stride,
-              false);
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t row = sequence.query_begin + list.query(t0 + r / group_size);
-        const std::int64_t head = first_head + r % group_size;
-        const RowTerms& row_terms = terms[row * query_heads + head];
-        differentiate_row(columns, problem.scale, read_float(problem.saved.lse, row, head), row_terms.offset,
-                          row_terms.weight, scores + r * tile_stride, grads + r * tile_stride);
-      }
-      // As in the query pass: queries inside the block reach exactly the keys they see.
-      const auto add_rows = [&](std::int64_t first, std::int64_t count, std::int64_t visible) HWY_ATTR {
-        product(visible, head_dim, count, grads + first * tile_stride, 1, tile_stride, queries + first * query_stride,
-                query_stride, key_part, head_dim, true);
-        product(visible, value_dim, count, scores + first * tile_stride, 1, tile_stride,
-                out_grads + first * out_grad_stride, out_grad_stride, value_part, value_dim, true);
-      };
-      std::int64_t t = 0;
-      for (; t < members; ++t) {
-        const std::int64_t visible =
-            core::query_position(*problem.batch, sequence, list.query(t0 + t)) + 1 - block_begin;
-        if (visible >= block_keys) break;
-        add_rows(t * group_size, group_size, visible);
-      }
-      if (t < members) add_rows(t * group_size, (members - t) * group_size, block_keys);
+  for (std::int64_t t0 = begin; t0 < end; t0 += tile_queries) {
+    const std::int64_t members = std::min(tile_queries, end - t0);
+    for (std::int64_t r = 0; r < members * group_size; ++r) {
+      const std::int64_t row = sequence.query_begin + list.query(t0 + r / group_size);
+      const std::int64_t head = first_head + r % group_size;
+      load_row(head_row(problem.q, row, head), problem.q.dtype, head_dim, queries + r * query_stride);
+      load_row(head_row(problem.saved.dout, row, head), problem.saved.dout.dtype, value_dim,
+               out_grads + r * out_grad_stride);
     }
-    add_row(key_part, part_floats, split);
+    product(members * group_size, columns, head_dim, queries, query_stride, 1, keys_t, tile_stride, scores, tile_stride,
+            false);
+    product(members * group_size, columns, value_dim, out_grads, out_grad_stride, 1, values_t, tile_stride, grads,
+            tile_stride, false);
+    for (std::int64_t r = 0; r < members * group_size; ++r) {
+      const std::int64_t row = sequence.query_begin + list.query(t0 + r / group_size);
+      const std::int64_t head = first_head + r % group_size;
+      differentiate_row(columns, problem.scale, terms[row * query_heads + head], scores + r * tile_stride,
+                        grads + r * tile_stride);
+    }
+    // The sum of chains of about 32 rows: a single chain over a long list would lose more digits than a plain matrix product.
+    const std::int64_t chain_queries = std::max<std::int64_t>(1, 32 / group_size);
+    for (std::int64_t c0 = 0; c0 < members; c0 += chain_queries) {
+      const std::int64_t c1 = std::min(members, c0 + chain_queries);
+      const auto add_rows = [&](std::int64_t first, std::int64_t last, std::int64_t visible, bool accumulate) HWY_ATTR {
+        const std::int64_t row = first * group_size;
+        const std::int64_t rows = (last - first) * group_size;
+        product(visible, head_dim, rows, grads + row * tile_stride, 1, tile_stride, queries + row * query_stride,
+                query_stride, key_part, head_dim, accumulate);
+        product(visible, value_dim, rows, scores + row * tile_stride, 1, tile_stride, out_grads + row * out_grad_stride,
+                out_grad_stride, value_part, value_dim, accumulate);
+      };
+      const auto visible_keys = [&](std::int64_t c) {
+        return core::query_position(*problem.batch, sequence, list.query(t0 + c)) + 1 - block_begin;
+      };
+      if (visible_keys(c0) >= block_keys) {
+        add_rows(c0, c1, block_keys, false);
+      } else {  // as in the query pass: queries inside the block reach exactly the keys they see
+        std::fill(key_part, key_part + part_floats, 0.0f);
+        std::int64_t c = c0;
+        for (; c < c1 && visible_keys(c) < block_keys; ++c) add_rows(c, c + 1, visible_keys(c), true);
+        if (c < c1) add_rows(c, c1, block_keys, true);
+      }
+      add_row(key_part, block_keys * head_dim, split);
+      add_row(value_part, block_keys * value_dim, split + shape.block_size * head_dim);
+    }
   }
 }
 

@@ -202,6 +202,8 @@ void run_backward(const char* op, const Context& context, const BackwardProblem&
   for (std::int64_t s = 0; s < shape.sequences; ++s) {
     shape.blocks += (core::get_sequence(batch, s).keys + block_size - 1) / block_size;
   }
+  shape.row_blocks = count_blocks(batch, block_size);
+  if (shape.attention.topk > 0) shape.row_blocks = std::min(shape.row_blocks, shape.attention.topk);
   const BackwardPlan plan =
       plan_attention_backward(op, shape, core::resolve_threads(context.threads), context.workspace_limit);
 
@@ -209,7 +211,7 @@ void run_backward(const char* op, const Context& context, const BackwardProblem&
   zero_rows(problem.grads.dk, batch.cu_seqlens_k.back());
   zero_rows(problem.grads.dv, batch.cu_seqlens_k.back());
   core::Buffer<RowTerms> terms(static_cast<std::size_t>(shape.attention.queries.total * problem.q.size(1)));
-  const QueryPassLayout layout = lay_out_query_pass(shape.attention, plan.query_pass.chunk);
+  const QueryPassLayout layout = lay_out_query_pass(shape, plan.query_pass.chunk, plan.keep_tiles);
   const auto run = HWY_DYNAMIC_DISPATCH(run_query_pass);
   run_plan(plan.query_pass, batch, shape.attention.kv_heads,
            [&](const QueryChunk& chunk, std::int64_t kv_head, float* scratch) {

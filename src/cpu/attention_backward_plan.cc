@@ -34,9 +34,13 @@ std::size_t count_shared_bytes(const BackwardShape& shape, const BackwardPlan& p
 
 }  // namespace
 
-QueryPassLayout lay_out_query_pass(const AttentionShape& shape, std::int64_t chunk) {
+QueryPassLayout lay_out_query_pass(const BackwardShape& backward, std::int64_t chunk, bool keep_tiles) {
+  const AttentionShape& shape = backward.attention;
   const std::int64_t rows = chunk * shape.group_size;
   const std::int64_t tile = std::min(kScoreRows, rows);
+  const std::int64_t tile_stride = backward_tile_stride(shape.block_size);
+  // Several times an L2 cache: writing and reading a score costs less than head_dim multiply-adds even in L3 or memory.
+  constexpr std::int64_t kStripFloats = std::int64_t{1} << 21;
   QueryPassLayout layout;
   LayoutCursor cursor;
   layout.queries = cursor.take(rows * shape.head_dim);
@@ -45,11 +49,12 @@ QueryPassLayout lay_out_query_pass(const AttentionShape& shape, std::int64_t chu
   layout.keys = cursor.take(shape.block_size * padded_stride(shape.head_dim));
   layout.keys_t = cursor.take(shape.head_dim * padded_stride(shape.block_size));
   layout.values_t = cursor.take(shape.value_dim * padded_stride(shape.block_size));
-  layout.scores = cursor.take(tile * padded_stride(shape.block_size));
-  layout.grads = cursor.take(tile * padded_stride(shape.block_size));
   layout.sums = cursor.take(tile * shape.head_dim);
-  layout.totals = cursor.take(floats_for(rows, sizeof(double)));
+  layout.row_sums = cursor.take(floats_for(rows, sizeof(RowSums)));
   layout.walk = cursor.take(BlockWalk::scratch_elements(chunk));
+  layout.tile = cursor.take(2 * tile * tile_stride);
+  layout.strip_floats = keep_tiles ? std::min(kStripFloats, 2 * rows * backward.row_blocks * tile_stride) : 0;
+  layout.strip = cursor.take(layout.strip_floats);
   layout.end = cursor.end();
   return layout;
 }
@@ -109,9 +114,18 @@ BackwardPlan plan_attention_backward(const std::string& op, const BackwardShape&
   const std::int64_t state = a.topk == 0 ? std::int64_t{1} << 17 : std::int64_t{1} << 20;  // floats
   const std::int64_t least = 16;
   const std::int64_t chunk = std::max(least, state / (a.group_size * (2 * a.head_dim + a.value_dim)));
-  plan.query_pass = plan_chunks(
-      op, a.queries, a.kv_heads, chunk, least, threads, workspace_limit,
-      [&](std::int64_t c) { return bytes_of(lay_out_query_pass(a, c).end); }, plan.shared_bytes);
+  const auto bytes_of_chunk = [&](std::int64_t c) {
+    return bytes_of(lay_out_query_pass(shape, c, plan.keep_tiles).end);
+  };
+  const auto plan_query_pass = [&](std::size_t limit) {
+    plan.query_pass =
+        plan_chunks(op, a.queries, a.kv_heads, chunk, least, threads, limit, bytes_of_chunk, plan.shared_bytes);
+  };
+  plan_query_pass(0);
+  if (workspace_limit != 0 && plan.bytes() > workspace_limit) {
+    plan.keep_tiles = false;
+    plan_query_pass(workspace_limit);
+  }
   return plan;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "msa/attention.h"
 
@@ -18,10 +19,18 @@ struct BackwardProblem {
   AttentionGrads grads;
 };
 
-/// What the query pass finds of a row and head, for both passes.
+/// What the query pass finds of a row and head, for both passes: P = weight e^(scale S - shift), dS = P (dP + offset).
 struct RowTerms {
-  float offset = 0;  ///< dlse - rowsum(dO O)
-  float weight = 1;  ///< 1 / the sum of e^(scale S - lse), which is 1 but for the rounding of lse
+  float shift = 0;   ///< the row's largest scaled score
+  float weight = 0;  ///< 1 / sum of e^(scale S - shift)
+  float offset = 0;  ///< dlse - rowsum(P dP)
+};
+
+/// Running sums of a row in the query pass.
+struct RowSums {
+  double total = 0;     ///< of e^(score - largest)
+  double weighted = 0;  ///< of e^(score - largest) dP
+  float largest = -std::numeric_limits<float>::infinity();
 };
 
 /// Queries [begin, end) of the list of those that chose a key block. A block has one task, or several, of one split each.

@@ -20,15 +20,6 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// Sum of products of a[0, count) and b, count a multiple of 16.
-inline HWY_ATTR float dot_rows(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, std::int64_t count) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  auto sum = hn::Zero(df);
-  for (std::int64_t i = 0; i < count; i += lanes) sum = hn::MulAdd(hn::LoadU(df, a + i), hn::LoadU(df, b + i), sum);
-  return hn::GetLane(hn::SumOfLanes(df, sum));
-}
-
 /// out[0, count) += in, count a multiple of 16.
 inline HWY_ATTR void add_row(const float* HWY_RESTRICT in, std::int64_t count, float* HWY_RESTRICT out) {
   const FloatTag df;
