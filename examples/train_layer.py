@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains one sparse attention layer to look things up: half a minute at most, nothing but torch and msa.
+"""Trains one sparse attention layer to look things up: a few seconds, nothing but torch and msa.
 
 A sequence is a list of (key, value) tokens followed by questions, each a key seen before; the answer is its value. The
 layer must attend to the block that holds the key. Warmup runs full attention and lets the index branch learn from it by
@@ -14,7 +14,7 @@ import torch
 from msa.nn import SparseAttention
 
 KEYS, PAIRS, QUESTIONS, HIDDEN = 128, 112, 16, 64
-STAGES = (("warmup", 100), ("sparse", 60))
+STAGES = (("warmup", 60), ("sparse", 40))
 
 
 class Lookup(torch.nn.Module):

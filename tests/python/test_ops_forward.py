@@ -109,13 +109,15 @@ def test_scale_argument(backend):
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 @pytest.mark.parametrize("teacher", ["mean", "max"])
 def test_index_kl(name, dtype, stage, teacher, backend):
-    inputs = make_inputs(SHAPES[name], dtype)
-    blocks = support.random_blocks(inputs) if stage == "sparse" else None
-    arguments = (inputs.q_idx, inputs.k_idx, inputs.q, inputs.k, blocks, *inputs.cu, inputs.block_size)
-    kl = msa.index_kl(*arguments, teacher=teacher)
-    truth, naive = truth_and_naive(support.naive_index_kl, *arguments, teacher=teacher)
-    assert kl.dtype == torch.float32 and kl.dim() == 0
-    support.assert_within_rule(kl, truth, naive, torch.promote_types(dtype, torch.bfloat16), "kl")
+    results = []
+    for seed in range(6):  # one number has no rms, and may be right by luck: the rule is for the values of several batches
+        inputs = make_inputs(SHAPES[name], dtype, seed)
+        blocks = support.random_blocks(inputs) if stage == "sparse" else None
+        arguments = (inputs.q_idx, inputs.k_idx, inputs.q, inputs.k, blocks, *inputs.cu, inputs.block_size)
+        kl = msa.index_kl(*arguments, teacher=teacher)
+        assert kl.dtype == torch.float32 and kl.dim() == 0
+        results.append((kl, *truth_and_naive(support.naive_index_kl, *arguments, teacher=teacher)))
+    support.assert_within_rule(*(torch.stack(values) for values in zip(*results)), dtype, "kl")
 
 
 def test_index_kl_scales_and_mixed_dtypes(backend):

@@ -152,8 +152,9 @@ def test_bad_inputs():
 
 def test_example_trains_a_layer(source_tree):
     environment = {**os.environ, "PYTHONPATH": str(source_tree / "python"), "MSA_LIBRARY": str(msa.library_path())}
+    environment["OMP_NUM_THREADS"] = "1"  # tiny tensors: a busy machine would make a second thread wait, and wait for it
     command = [sys.executable, str(source_tree / "examples" / "train_layer.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"(warmup|sparse) +step +\d+ +loss +(\S+) +kl +(\S+) +block recall +(\S+) +score recall +(\S+)", done.stdout)
     assert {row[0] for row in rows} == {"warmup", "sparse"}
