@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The way through torch's dispatcher: the C++ functions of ops.h, and the Autograd kernels. An Autograd kernel calls the
-// operator again below autograd and, on the way back, an explicit backward operator, so that tracing (torch.compile)
-// sees operators only. Tested in tests/python/test_ops*.py.
+// The way through torch's dispatcher: the C++ functions of ops.h, and the Autograd kernels. An Autograd kernel calls
+// the operator again below autograd and, on the way back, an explicit backward operator, so that tracing
+// (torch.compile) sees operators only. Tested in tests/python/test_ops*.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -47,10 +47,10 @@ struct SparseAttention : torch::autograd::Function<SparseAttention> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    auto [dq, dk, dv] = sparse_attention_backward(
-        to_optional(grads[0]), to_optional(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-        saved[6], saved[7], ctx->saved_data["block_size"].toInt(), ctx->saved_data["scale"].toOptional<double>(),
-        to_optional(saved[8]));
+    auto [dq, dk, dv] =
+        sparse_attention_backward(to_optional(grads[0]), to_optional(grads[1]), saved[0], saved[1], saved[2], saved[3],
+                                  saved[4], saved[5], saved[6], saved[7], ctx->saved_data["block_size"].toInt(),
+                                  ctx->saved_data["scale"].toOptional<double>(), to_optional(saved[8]));
     return {dq, dk, dv, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -86,9 +86,9 @@ struct IndexKl : torch::autograd::Function<IndexKl> {
                         const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
                         std::optional<double> scale, std::string_view teacher, const OptionalTensor& query_positions) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [kl, lse_main, lse_index, teacher_norm] = index_kl_forward(
-        q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, index_scale, scale, teacher,
-        query_positions);
+    auto [kl, lse_main, lse_index, teacher_norm] =
+        index_kl_forward(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, index_scale, scale,
+                         teacher, query_positions);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q_idx, k_idx, q, k, to_tensor(blocks), lse_main, lse_index, teacher_norm, cu_seqlens_q,
                             cu_seqlens_k, to_tensor(query_positions)});
@@ -164,8 +164,7 @@ Tensor select_blocks_oracle(const Tensor& q, const Tensor& k, const Tensor& cu_s
                             std::int64_t init_blocks, std::optional<double> scale,
                             const OptionalTensor& query_positions) {
   static const auto op = find_op<decltype(select_blocks_oracle)>("msa::select_blocks_oracle");
-  return op.call(q, k, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks, init_blocks, scale,
-                 query_positions);
+  return op.call(q, k, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks, init_blocks, scale, query_positions);
 }
 
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
@@ -235,27 +234,32 @@ std::tuple<Tensor, Tensor> dense_attention_paged(const Tensor& q, const Tensor& 
   return op.call(q, k_pages, v_pages, cu_seqlens_q, page_table, seqlens_k, scale, query_positions);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(
-    const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& blocks, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    std::int64_t block_size, std::optional<double> scale, const OptionalTensor& query_positions) {
+std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const OptionalTensor& dout, const OptionalTensor& dlse,
+                                                             const Tensor& q, const Tensor& k, const Tensor& v,
+                                                             const Tensor& blocks, const Tensor& out, const Tensor& lse,
+                                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                             std::int64_t block_size, std::optional<double> scale,
+                                                             const OptionalTensor& query_positions) {
   static const auto op = find_op<decltype(sparse_attention_backward)>("msa::sparse_attention_backward");
-  return op.call(dout, dlse, q, k, v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k, block_size, scale,
-                 query_positions);
+  return op.call(dout, dlse, q, k, v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k, block_size, scale, query_positions);
 }
 
-std::tuple<Tensor, Tensor, Tensor> dense_attention_backward(
-    const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    std::optional<double> scale, const OptionalTensor& query_positions) {
+std::tuple<Tensor, Tensor, Tensor> dense_attention_backward(const OptionalTensor& dout, const OptionalTensor& dlse,
+                                                            const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const Tensor& out, const Tensor& lse,
+                                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                            std::optional<double> scale,
+                                                            const OptionalTensor& query_positions) {
   static const auto op = find_op<decltype(dense_attention_backward)>("msa::dense_attention_backward");
   return op.call(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, query_positions);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward(
-    const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
-    std::optional<double> scale, std::string_view teacher, const OptionalTensor& query_positions) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q,
+                                                            const Tensor& k, const OptionalTensor& blocks,
+                                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                            std::int64_t block_size, std::optional<double> index_scale,
+                                                            std::optional<double> scale, std::string_view teacher,
+                                                            const OptionalTensor& query_positions) {
   static const auto op = find_op<decltype(index_kl_forward)>("msa::_index_kl_forward");
   return op.call(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, index_scale, scale, teacher,
                  query_positions);
@@ -282,7 +286,8 @@ TORCH_LIBRARY_IMPL(msa, Autograd, m) {
   m.impl("selection_recall", NotDifferentiable<selection_recall>::call);
   m.impl("select_blocks_paged", NotDifferentiable<select_blocks_paged>::call);
   m.impl("select_blocks_oracle_paged", NotDifferentiable<select_blocks_oracle_paged>::call);
-  // Gradients through pages, and gradients of gradients: asking for one throws "derivative for msa::... is not implemented".
+  // Gradients through pages, and gradients of gradients: asking for one throws "derivative for msa::... is not
+  // implemented".
   for (const char* op : {"sparse_attention_paged", "dense_attention_paged", "sparse_attention_backward",
                          "dense_attention_backward", "_index_kl_forward", "_index_kl_backward"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());

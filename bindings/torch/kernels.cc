@@ -269,8 +269,8 @@ Tensor select_blocks_paged_cpu(const Tensor& q_idx, const Tensor& k_idx_pages, c
 // ---- select_blocks_oracle ----
 
 Tensor select_blocks_oracle_meta(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
-                                 const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t, std::int64_t,
-                                 std::optional<double>, const OptionalTensor& query_positions) {
+                                 const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t,
+                                 std::int64_t, std::optional<double>, const OptionalTensor& query_positions) {
   constexpr const char* op = "select_blocks_oracle";
   check_float(op, "q", q, 3);
   check_float(op, "k", k, 3);
@@ -327,8 +327,8 @@ Tensor select_blocks_oracle_paged_cpu(const Tensor& q, const Tensor& k_pages, co
                                                         topk, local_blocks, init_blocks, scale, query_positions);
   Inputs inputs("select_blocks_oracle_paged");
   const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
-  fill_oracle_blocks("select_blocks_oracle_paged", inputs, "k_pages", q, k_pages, batch, block_size, topk,
-                     local_blocks, init_blocks, scale, blocks);
+  fill_oracle_blocks("select_blocks_oracle_paged", inputs, "k_pages", q, k_pages, batch, block_size, topk, local_blocks,
+                     init_blocks, scale, blocks);
   return blocks;
 }
 
@@ -497,8 +497,7 @@ TensorTriple sparse_attention_backward_meta(const OptionalTensor&, const Optiona
 
 TensorTriple dense_attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
                                            const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                                           const Tensor&, const Tensor&, std::optional<double>,
-                                           const OptionalTensor&) {
+                                           const Tensor&, const Tensor&, std::optional<double>, const OptionalTensor&) {
   return make_attention_grads(q, k, v);
 }
 
@@ -649,9 +648,9 @@ TensorPair index_kl_backward_meta(const Tensor&, const Tensor& q_idx, const Tens
 TensorPair index_kl_backward_cpu(const Tensor& grad_output, const Tensor& q_idx, const Tensor& k_idx, const Tensor& q,
                                  const Tensor& k, const OptionalTensor& blocks, const Tensor& lse_main,
                                  const Tensor& lse_index, const Tensor& teacher_norm, const Tensor& cu_seqlens_q,
-                                 const Tensor& cu_seqlens_k, std::int64_t block_size,
-                                 std::optional<double> index_scale, std::optional<double> scale,
-                                 std::string_view teacher, const OptionalTensor& query_positions) {
+                                 const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
+                                 std::optional<double> scale, std::string_view teacher,
+                                 const OptionalTensor& query_positions) {
   constexpr const char* op = "index_kl_backward";
   check_index_kl(op, q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
   TORCH_CHECK(grad_output.numel() == 1, op, ": grad_output: ", describe_tensor(grad_output), " must be a scalar");
@@ -721,10 +720,20 @@ void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
 std::string version_string() { return version(); }
 
 constexpr const char* kOps[] = {
-    "select_blocks",          "select_blocks_oracle",  "sparse_attention",          "dense_attention",
-    "index_kl",               "selection_recall",      "select_blocks_paged",       "select_blocks_oracle_paged",
-    "sparse_attention_paged", "dense_attention_paged", "sparse_attention_backward", "dense_attention_backward",
-    "_index_kl_forward",      "_index_kl_backward",
+    "select_blocks",
+    "select_blocks_oracle",
+    "sparse_attention",
+    "dense_attention",
+    "index_kl",
+    "selection_recall",
+    "select_blocks_paged",
+    "select_blocks_oracle_paged",
+    "sparse_attention_paged",
+    "dense_attention_paged",
+    "sparse_attention_backward",
+    "dense_attention_backward",
+    "_index_kl_forward",
+    "_index_kl_backward",
 };
 
 }  // namespace
