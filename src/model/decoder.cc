@@ -141,6 +141,7 @@ struct Decoder::Impl {
   }
   AttentionPlan plan(std::int64_t layer, const AttentionOptions& options) const;
   at::Tensor mlp(const Layer& layer, const at::Tensor& x) const;
+  const Layer& index_layer(std::int64_t layer) const;
   at::Tensor index_queries(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const;
   at::Tensor index_keys(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const;
   ForwardResult run(const at::Tensor& tokens, const Pass& pass, const ForwardOptions& options) const;
@@ -451,14 +452,24 @@ at::Tensor Decoder::logits(const at::Tensor& hidden) const {
   return at::linear(hidden, impl_->parameters.at(head)).to(at::kFloat);
 }
 
-std::pair<at::Tensor, at::Tensor> Decoder::index_branch(std::int64_t layer, const at::Tensor& x,
-                                                        const at::Tensor& positions) const {
-  if (layer < 0 || layer >= impl_->config.num_hidden_layers || !has_index_branch(layer)) {
+const Layer& Decoder::Impl::index_layer(std::int64_t layer) const {
+  if (layer < 0 || layer >= config.num_hidden_layers || !layers[static_cast<std::size_t>(layer)].has_index()) {
     throw Error("index_branch: layer " + std::to_string(layer) + " has no index branch");
   }
-  const RopeTable rope = make_rope_table(impl_->config.rope, positions);
-  const Layer& weights = impl_->layers[static_cast<std::size_t>(layer)];
-  return {impl_->index_queries(weights, x, rope), impl_->index_keys(weights, x, rope)};
+  return layers[static_cast<std::size_t>(layer)];
+}
+
+std::pair<at::Tensor, at::Tensor> Decoder::index_branch(std::int64_t layer, const at::Tensor& x,
+                                                        const at::Tensor& positions) const {
+  return {index_queries(layer, x, positions), index_keys(layer, x, positions)};
+}
+
+at::Tensor Decoder::index_queries(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const {
+  return impl_->index_queries(impl_->index_layer(layer), x, make_rope_table(impl_->config.rope, positions));
+}
+
+at::Tensor Decoder::index_keys(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const {
+  return impl_->index_keys(impl_->index_layer(layer), x, make_rope_table(impl_->config.rope, positions));
 }
 
 }  // namespace msa::model
