@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GGUF import on tiny files: names, shapes, row order, quantised types, tokenizer, atomicity and errors."""
+"""The GGUF import on tiny files: names, shapes, row order, quantisation, tokenizer, atomicity and errors."""
 
 import importlib.util
 import json
