@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See training_text.h.
 #include "apps/msa/training_text.h"
 
 #include <filesystem>

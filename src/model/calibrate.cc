@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See calibrate.h.
 #include "src/model/calibrate.h"
 
 #include <c10/core/GradMode.h>

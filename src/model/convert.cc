@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See convert.h.
 #include "src/model/convert.h"
 
 #include <c10/core/GradMode.h>

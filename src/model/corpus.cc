@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See corpus.h.
 #include "src/model/corpus.h"
 
 #include <algorithm>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See evaluate.h.
 #include "src/model/evaluate.h"
 
 #include <c10/core/GradMode.h>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See optimizer.h.
 #include "src/model/optimizer.h"
 
 #include <c10/core/GradMode.h>

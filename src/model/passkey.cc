@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See passkey.h.
 #include "src/model/passkey.h"
 
 #include <c10/core/GradMode.h>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See retrieval.h.
 #include "src/model/retrieval.h"
 
 #include <algorithm>

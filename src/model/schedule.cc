@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See schedule.h.
 #include "src/model/schedule.h"
 
 #include <algorithm>

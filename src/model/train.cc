@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// See train.h.
 #include "src/model/train.h"
 
 #include <c10/core/GradMode.h>
