@@ -36,9 +36,12 @@ def test_bad_usage_exits_with_2(msa, arguments):
 
 
 def test_failures_exit_with_1_and_name_the_cause(msa, tmp_path):
-    result = msa("logits", "--model", tmp_path / "nowhere", "--tokens", tmp_path / "none", "--out", tmp_path / "o.safetensors")
+    tokens, model = tmp_path / "tokens", tmp_path / "empty-model"
+    tokens.write_text("1 2 3")
+    model.mkdir()
+    result = msa("logits", "--model", model, "--tokens", tokens, "--out", tmp_path / "o.safetensors")
     assert result.returncode == 1
-    assert "nowhere" in result.stderr
+    assert "empty-model" in result.stderr and "config.json" in result.stderr
     result = msa("info", "--block-size", "24")
     assert result.returncode == 1
     assert "block-size" in result.stderr and "24" in result.stderr

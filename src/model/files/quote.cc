@@ -7,7 +7,7 @@
 namespace msa::files {
 
 std::string quote(std::string_view text) {
-  constexpr std::size_t kMaxShown = 80;
+  constexpr std::size_t kMaxShown = 240;  // whole paths, but not a hostile file
   constexpr char kHex[] = "0123456789abcdef";
   std::string out = "'";
   for (const char c : text.substr(0, kMaxShown)) {

@@ -9,7 +9,7 @@
 
 namespace msa::files {
 
-/// `text` in single quotes, at most 80 bytes of it; bytes outside printable ASCII as \xNN.
+/// `text` in single quotes, at most 240 bytes of it; bytes outside printable ASCII as \xNN.
 std::string quote(std::string_view text);
 
 }  // namespace msa::files
