@@ -14,8 +14,8 @@ namespace {
 TEST(Quote, EscapesAndCuts) {
   EXPECT_EQ(quote("abc"), "'abc'");
   EXPECT_EQ(quote(std::string("a\n\0\x7f\xff", 5)), "'a\\x0a\\x00\\x7f\\xff'");
-  EXPECT_EQ(quote(std::string(80, 'a')), "'" + std::string(80, 'a') + "'");
-  EXPECT_EQ(quote(std::string(81, 'a')), "'" + std::string(80, 'a') + "...'");
+  EXPECT_EQ(quote(std::string(240, 'a')), "'" + std::string(240, 'a') + "'");
+  EXPECT_EQ(quote(std::string(241, 'a')), "'" + std::string(240, 'a') + "...'");
 }
 
 TEST(Json, KeepsOrderAndValues) {
