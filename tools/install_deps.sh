@@ -9,7 +9,7 @@ packages=(
   g++ cmake ninja-build pkg-config git ca-certificates
   clang-14 libclang-rt-14-dev            # sanitizers and fuzzers
   libhwy-dev                             # Highway: vector kernels
-  libpcre2-dev libunistring-dev          # tokenizer
+  libpcre2-dev                           # tokenizer
   nlohmann-json3-dev libcli11-dev libfmt-dev
   libgtest-dev
   python3 python3-venv

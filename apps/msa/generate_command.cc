@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `msa generate`: streams a continuation of a prompt, or the answer of a chat model. Text goes to stdout as it comes,
 // figures to stderr; with --json both go to stdout as one object at the end. Tested in tests/integration/test_cli.py
-// and tests/python/test_generate.py.
+// and tests/integration/test_main_job.py.
 #include <csignal>
 #include <cstdio>
 #include <memory>
