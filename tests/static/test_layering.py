@@ -29,7 +29,7 @@ ALLOWED = {
 THIRD_PARTY = {
     "src/cpu": {"hwy"},
     "bench": {"hwy", "ATen", "c10", "torch"},
-    "src/model/files": {"nlohmann", "pcre2.h", "uninorm.h"},
+    "src/model/files": {"nlohmann", "pcre2.h"},
     "src/model": {"ATen", "c10", "torch", "nlohmann"},
     "bindings/torch": {"ATen", "c10", "torch"},
     "apps/msa": {"CLI", "fmt", "nlohmann", "ATen", "c10", "torch"},
@@ -51,7 +51,7 @@ def sources():
 
 def is_system(header):
     """Standard library and POSIX headers have no folder (or sys/) and no capital letters."""
-    return header.startswith("sys/") or ("/" not in header and header not in ("pcre2.h", "uninorm.h"))
+    return header.startswith("sys/") or ("/" not in header and header != "pcre2.h")
 
 
 @pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
