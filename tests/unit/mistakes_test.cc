@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One named test for each mistake that SPEC section 11 lists: others shipped them, so they are easy to make. Those of
-// the cache stand in tests/unit/paged_cache_test.cc.
+// the cache stand in tests/unit/cache_test.cc.
 #include <gtest/gtest.h>
 
 #include <algorithm>
