@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys] tensor.
-// Forward: a task owns queries and one group and passes their blocks twice, for the softmax denominators and for the
-// divergence; the first pass leaves its score tiles, as far as there is room, to the second. Backward: a task owns queries
-// and one group; dq_idx is its own, and dk_idx is summed a task and then over the tasks in order. Tested in
+// A task owns queries and one group and goes through their blocks twice, for the maxima and sums of the softmaxes and for
+// what is made of them: the divergence, or Q - P and its products; score tiles of the first time are kept for the second as
+// far as there is room. The backward does not start from the saved lse: its rounding would move whole rows of P and Q, whose
+// difference the gradient is. dq_idx is a task's own; dk_idx is summed a task and then over the tasks in order. Tested in
 // tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_INL_H_
@@ -105,15 +106,17 @@ HWY_ATTR float sum_mass(const float* rows, std::int64_t stride, const float* fac
   return hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
-/// Sum of P (ln P - ln Q) over keys [0, count): P from `rows`, ln Q = index_row - lse_index.
+/// Sum of P (ln P - ln Q) over keys [0, count): P from `rows`, ln Q = (index_row - index_largest) - index_log_total.
 template <Teacher kTeacher>
 HWY_ATTR float sum_divergence(const float* rows, std::int64_t stride, const float* factors, std::int64_t heads,
-                              float inverse_norm, const float* index_row, float lse_index, std::int64_t count) {
+                              float norm, const float* index_row, float index_largest, float index_log_total,
+                              std::int64_t count) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto term = [&](std::int64_t j) HWY_ATTR {
-    const auto p = hn::Mul(read_mass<kTeacher>(rows, stride, factors, heads, j), hn::Set(df, inverse_norm));
-    const auto log_q = hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, lse_index));
+    const auto p = hn::Div(read_mass<kTeacher>(rows, stride, factors, heads, j), hn::Set(df, norm));
+    const auto log_q = hn::Sub(hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, index_largest)),
+                               hn::Set(df, index_log_total));
     const auto divergence = hn::Mul(p, hn::Sub(log_lanes(p), log_q));
     // P ln P -> 0; subnormal P, which log_lanes does not take, weighs nothing either.
     return hn::IfThenZeroElse(hn::Lt(p, hn::Set(df, std::numeric_limits<float>::min())), divergence);
@@ -125,11 +128,26 @@ HWY_ATTR float sum_divergence(const float* rows, std::int64_t stride, const floa
   return hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
+/// Q - P of the first `columns` keys, in place of the index row: Q = index_weight e^(index_row - index_largest). Columns that
+/// the query does not see get meaningless values: nobody reads them.
+template <Teacher kTeacher>
+HWY_ATTR void subtract_distributions(const float* rows, std::int64_t stride, const float* factors, std::int64_t heads,
+                                     float norm, float index_largest, float index_weight, std::int64_t columns,
+                                     float* index_row) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  for (std::int64_t j = 0; j < columns; j += lanes) {
+    const auto p = hn::Div(read_mass<kTeacher>(rows, stride, factors, heads, j), hn::Set(df, norm));
+    const auto e = exp_lanes(hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, index_largest)));
+    hn::StoreU(hn::Sub(hn::Mul(e, hn::Set(df, index_weight)), p), df, index_row + j);
+  }
+}
+
 inline void write_float(const TensorView& tensor, std::int64_t row, std::int64_t head, float value) {
   *reinterpret_cast<float*>(head_row(tensor, row, head)) = value;
 }
 
-/// The forward of a chunk of queries and one group.
+/// A chunk of queries and one group, forward or backward.
 class KlChunk {
  public:
   HWY_ATTR KlChunk(const IndexKlParams& params, const IndexKlShape& shape, const IndexKlLayout& layout,
@@ -145,7 +163,7 @@ class KlChunk {
         tile_stride_(kl_tile_stride(shape.block_size)),
         scratch_(scratch),
         largest_(scratch + layout.largest),
-        totals_(scratch + layout.totals),
+        totals_(reinterpret_cast<double*>(scratch + layout.totals)),
         norms_(scratch + layout.norms),
         key_rows_(params.k, params.batch),
         index_key_rows_(params.k_idx, params.batch),
@@ -156,57 +174,124 @@ class KlChunk {
     load_query_rows(params.q_idx, first_row_, count_, group, 1, scratch + layout.index_queries);
   }
 
-  /// First pass: lse of every row, in place of its maximum.
-  HWY_ATTR void find_lse() {
+  /// First time through the blocks: maximum and sum of exponentials of every row.
+  HWY_ATTR void find_sums() {
     std::fill(largest_, largest_ + count_ * row_count_, kNegativeInfinity);
-    std::fill(totals_, totals_ + count_ * row_count_, 0.0f);
-    pass_tiles(true, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
+    std::fill(totals_, totals_ + count_ * row_count_, 0.0);
+    pass_queries(true, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
       for (std::int64_t h = 0; h < row_count_; ++h) {
         const float* row = rows + h * tile_stride_;
         const float block_largest = row[shape_.block_size];
         const bool is_index = h == shape_.group_size;
         const float block_total = is_index ? sum_of_exp(row, visible, softmax_shift(block_largest))
                                            : row[shape_.block_size + 1];
-        add_block(block_largest, block_total, largest_[i * row_count_ + h], totals_[i * row_count_ + h]);
+        float& largest = largest_[i * row_count_ + h];
+        double& total = totals_[i * row_count_ + h];
+        const float top = block_largest > largest ? block_largest : largest;
+        // e^(-inf) = 0 takes nothing along from before the first block.
+        total = total * static_cast<double>(exp_one(largest - softmax_shift(top))) +
+                static_cast<double>(block_total) *
+                    static_cast<double>(exp_one(softmax_shift(block_largest) - softmax_shift(top)));
+        largest = top;
       }
     });
-    for (std::int64_t r = 0; r < count_ * row_count_; ++r) {
-      largest_[r] = static_cast<float>(static_cast<double>(largest_[r]) + std::log(static_cast<double>(totals_[r])));
-    }
   }
 
-  /// What each query's teacher mass is divided by, from its lse.
+  /// What each query's teacher mass is divided by.
   HWY_ATTR void find_norms() {
     if (params_.teacher == Teacher::kMean) {
       std::fill(norms_, norms_ + count_, static_cast<float>(shape_.group_size));
       return;
     }
     std::fill(norms_, norms_ + count_, 0.0f);
-    pass_tiles(false, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
+    pass_queries(false, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
       norms_[i] += sum_mass<Teacher::kMax>(rows, tile_stride_, find_factors(i, rows), shape_.group_size, visible);
     });
   }
 
-  /// Last pass: the divergence of every query, in double over the blocks.
+  /// The divergence of every query, in double over the blocks.
   template <Teacher kTeacher>
   HWY_ATTR void find_divergence(double* values) {
     std::fill(values, values + count_, 0.0);
-    pass_tiles(false, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
+    pass_queries(false, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
+      const std::int64_t index = i * row_count_ + shape_.group_size;
       values[i] += static_cast<double>(sum_divergence<kTeacher>(
-          rows, tile_stride_, find_factors(i, rows), shape_.group_size, 1.0f / norms_[i],
-          rows + shape_.group_size * tile_stride_, largest_[i * row_count_ + shape_.group_size], visible));
+          rows, tile_stride_, find_factors(i, rows), shape_.group_size, norms_[i],
+          rows + shape_.group_size * tile_stride_, softmax_shift(largest_[index]),
+          static_cast<float>(std::log(totals_[index])), visible));
     });
+  }
+
+  /// dq_idx, and the sums of dk_idx, before `factor` = grad_output * index_scale / rows. key_sums[block] are
+  /// [block_size, index_dim]; touched[block] says which were written.
+  template <Teacher kTeacher>
+  HWY_ATTR void write_gradients(const IndexKlBackwardLayout& layout, float factor, float* key_sums,
+                                std::uint8_t* touched, const TensorView& dq_idx) {
+    const std::int64_t index_dim = shape_.index_dim;
+    const std::int64_t index_stride = padded_stride(index_dim);
+    const std::int64_t query_stride = row_count_ * tile_stride_;
+    float* query_tile = scratch_ + layout.index_query_tile;
+    float* query_grads = scratch_ + layout.index_query_grads;
+    float* index_keys = scratch_ + layout.index_key_rows;
+    float* sums = scratch_ + layout.sums;
+    std::fill(query_grads, query_grads + count_ * index_dim, 0.0f);
+    std::int64_t loaded = -1;
+    pass_tiles(false, [&](const Tile& tile) HWY_ATTR {
+      const std::int64_t block_keys = walk_.block_keys();
+      float* key_sum = key_sums + walk_.block() * shape_.block_size * index_dim;
+      if (loaded != walk_.block()) {
+        loaded = walk_.block();
+        touched[loaded] = 1;
+        std::fill(key_sum, key_sum + shape_.block_size * index_dim, 0.0f);
+        load_value_rows(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, loaded * shape_.block_size, block_keys,
+                        index_dim, index_keys, index_stride);
+      }
+      float* gradients = tile.rows + shape_.group_size * tile_stride_;
+      for (std::int64_t t = 0; t < tile.count; ++t) {
+        const std::int64_t i = tile.members[t];
+        const std::int64_t index = i * row_count_ + shape_.group_size;
+        const float* rows = tile.rows + t * query_stride;
+        subtract_distributions<kTeacher>(rows, tile_stride_, find_factors(i, rows), shape_.group_size, norms_[i],
+                                         softmax_shift(largest_[index]), static_cast<float>(1.0 / totals_[index]),
+                                         padded_columns(block_keys), gradients + t * query_stride);
+        const float* query = scratch_ + layout_.index_queries + i * index_dim;
+        std::copy(query, query + index_dim, query_tile + t * index_stride);
+      }
+      // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
+      const auto add_rows = [&](std::int64_t first, std::int64_t rows, std::int64_t visible) HWY_ATTR {
+        product(rows, index_dim, visible, gradients + first * query_stride, query_stride, 1, index_keys, index_stride,
+                sums + first * index_dim, index_dim, false);
+        product(visible, index_dim, rows, gradients + first * query_stride, 1, query_stride,
+                query_tile + first * index_stride, index_stride, key_sum, index_dim, true);
+      };
+      std::int64_t t = 0;
+      for (; t < tile.count && walk_.visible_keys(tile.members[t]) < block_keys; ++t) {
+        add_rows(t, 1, walk_.visible_keys(tile.members[t]));
+      }
+      if (t < tile.count) add_rows(t, tile.count - t, block_keys);
+      for (t = 0; t < tile.count; ++t) {
+        add_row(sums + t * index_dim, index_dim, query_grads + tile.members[t] * index_dim);
+      }
+    });
+    for (std::int64_t i = 0; i < count_; ++i) {
+      float* row = query_grads + i * index_dim;
+      scale_row(factor, index_dim, row);
+      store_row(row, index_dim, dq_idx.dtype, head_row(dq_idx, first_row_ + i, group_));
+    }
   }
 
   /// Saves lse and norms of the queries that have a block; the others keep what they were filled with.
   void save(const IndexKlSaved& saved) const {
     for (std::int64_t i = 0; i < count_; ++i) {
-      const float* lse = largest_ + i * row_count_;
+      const auto lse = [&](std::int64_t h) {
+        const std::int64_t r = i * row_count_ + h;
+        return static_cast<float>(static_cast<double>(largest_[r]) + std::log(totals_[r]));
+      };
       if (totals_[i * row_count_ + shape_.group_size] == 0) continue;  // no block
       for (std::int64_t h = 0; h < shape_.group_size; ++h) {
-        write_float(saved.lse_main, first_row_ + i, group_ * shape_.group_size + h, lse[h]);
+        write_float(saved.lse_main, first_row_ + i, group_ * shape_.group_size + h, lse(h));
       }
-      write_float(saved.lse_index, first_row_ + i, group_, lse[shape_.group_size]);
+      write_float(saved.lse_index, first_row_ + i, group_, lse(shape_.group_size));
       write_float(saved.teacher_norm, first_row_ + i, group_, norms_[i]);
     }
   }
@@ -215,50 +300,59 @@ class KlChunk {
   std::int64_t count() const { return count_; }
 
  private:
-  // Running maximum and sum of a row; at first -inf and 0.
-  static HWY_ATTR void add_block(float block_largest, float block_total, float& largest, float& total) {
-    const float top = block_largest > largest ? block_largest : largest;
-    const float shift = softmax_shift(top);
-    total = total * exp_one(largest - shift) + block_total * exp_one(softmax_shift(block_largest) - shift);
-    largest = top;
-  }
+  // Some queries that attend to a block: row h < group_size of query members[t], from rows + t * row_count * tile_stride on,
+  // holds e^(score - block maximum) of head h, row group_size the scaled scores of the index; column block_size the row's
+  // maximum, the next one the sum of its exponentials.
+  struct Tile {
+    const std::int32_t* members;
+    std::int64_t count;
+    float* rows;
+  };
 
-  // e^(block maximum - lse): what a head's stored exponentials are to be multiplied by.
+  // e^(block maximum - maximum) / sum: what a head's stored exponentials are to be multiplied by.
   HWY_ATTR const float* find_factors(std::int64_t i, const float* rows) {
     float* factors = scratch_ + layout_.factors;
     for (std::int64_t h = 0; h < shape_.group_size; ++h) {
-      factors[h] = exp_one(softmax_shift(rows[h * tile_stride_ + shape_.block_size]) - largest_[i * row_count_ + h]);
+      const std::int64_t r = i * row_count_ + h;
+      factors[h] = exp_one(softmax_shift(rows[h * tile_stride_ + shape_.block_size]) - softmax_shift(largest_[r])) *
+                   static_cast<float>(1.0 / totals_[r]);
     }
     return factors;
   }
 
-  // Calls body(query, visible, rows) for every query of the chunk and block, blocks ascending: row h < group_size of `rows`
-  // holds e^(score - block maximum) of head h, row group_size the scaled scores of the index; column block_size the row's
-  // maximum, the next one the sum of its exponentials.
+  // Calls body(tile) for all tiles, blocks ascending.
   template <class Body>
-  HWY_ATTR void pass_tiles(bool first_pass, const Body& body) {
+  HWY_ATTR void pass_tiles(bool is_first, const Body& body) {
     const std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
     std::int64_t used = 0;
     walk_.rewind();
     while (walk_.next()) {
       bool is_loaded = false;
       for (std::int64_t t0 = 0; t0 < walk_.count(); t0 += tile_queries) {
-        const std::int64_t members = std::min(tile_queries, walk_.count() - t0);
-        const std::int64_t floats = members * row_count_ * tile_stride_;
+        Tile tile{walk_.members() + t0, std::min(tile_queries, walk_.count() - t0), nullptr};
+        const std::int64_t floats = tile.count * row_count_ * tile_stride_;
         const bool is_kept = used + floats <= layout_.strip_floats;
-        float* tile = scratch_ + (is_kept ? layout_.strip + used : layout_.tile);
+        tile.rows = scratch_ + (is_kept ? layout_.strip + used : layout_.tile);
         if (is_kept) used += floats;
-        if (first_pass || !is_kept) {
+        if (is_first || !is_kept) {
           if (!is_loaded) load_block();
           is_loaded = true;
-          compute_tile(walk_.members() + t0, members, tile);
+          compute_tile(tile.members, tile.count, tile.rows);
         }
-        for (std::int64_t t = 0; t < members; ++t) {
-          const std::int64_t i = walk_.members()[t0 + t];
-          body(i, walk_.visible_keys(i), tile + t * row_count_ * tile_stride_);
-        }
+        body(tile);
       }
     }
+  }
+
+  // Calls body(query, visible, rows) for every query of the chunk and block, blocks ascending.
+  template <class Body>
+  HWY_ATTR void pass_queries(bool is_first, const Body& body) {
+    pass_tiles(is_first, [&](const Tile& tile) HWY_ATTR {
+      for (std::int64_t t = 0; t < tile.count; ++t) {
+        const std::int64_t i = tile.members[t];
+        body(i, walk_.visible_keys(i), tile.rows + t * row_count_ * tile_stride_);
+      }
+    });
   }
 
   HWY_ATTR void load_block() {
@@ -306,7 +400,7 @@ class KlChunk {
   std::int64_t tile_stride_;
   float* scratch_;
   float* largest_;
-  float* totals_;
+  double* totals_;
   float* norms_;
   core::KeyRows key_rows_;
   core::KeyRows index_key_rows_;
@@ -319,7 +413,7 @@ inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShap
                                   const IndexKlSaved& saved, double* values) {
   KlChunk task(params, shape, layout, chunk, group, scratch);
   auto* row_values = reinterpret_cast<double*>(scratch + layout.values);
-  task.find_lse();
+  task.find_sums();
   task.find_norms();
   if (params.teacher == Teacher::kMean) {
     task.find_divergence<Teacher::kMean>(row_values);
@@ -332,128 +426,19 @@ inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShap
   }
 }
 
-/// Q - P over the first `columns` keys, in place of the index row: rows 0..heads-1 hold raw main scores, row `heads` the raw
-/// index scores; lse one a row. Columns that the query does not see get meaningless values: nobody reads them.
-template <Teacher kTeacher>
-HWY_ATTR void subtract_distributions(float* rows, std::int64_t stride, std::int64_t heads, std::int64_t columns,
-                                     float scale, float index_scale, const float* lse, float inverse_norm) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  const auto factor = hn::Set(df, scale);
-  float* index_row = rows + heads * stride;
-  for (std::int64_t j = 0; j < columns; j += lanes) {
-    auto mass = exp_lanes(hn::MulSub(hn::LoadU(df, rows + j), factor, hn::Set(df, lse[0])));
-    for (std::int64_t h = 1; h < heads; ++h) {
-      const auto p = exp_lanes(hn::MulSub(hn::LoadU(df, rows + h * stride + j), factor, hn::Set(df, lse[h])));
-      mass = add_mass<kTeacher>(mass, p);
-    }
-    const auto q =
-        exp_lanes(hn::MulSub(hn::LoadU(df, index_row + j), hn::Set(df, index_scale), hn::Set(df, lse[heads])));
-    hn::StoreU(hn::NegMulAdd(mass, hn::Set(df, inverse_norm), q), df, index_row + j);
-  }
-}
-
-/// One task of the backward: dq_idx of its queries, and the sums of dk_idx over them, before `factor` =
-/// grad_output * index_scale / rows. key_sums[block] are [block_size, index_dim]; touched[block] says which were written.
+/// One task of the backward; see KlChunk::write_gradients.
 inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const IndexKlShape& shape,
-                                           const IndexKlBackwardLayout& layout, const IndexKlTask& task,
-                                           const IndexKlSaved& saved, float factor, float* scratch, float* key_sums,
-                                           std::uint8_t* touched, const TensorView& dq_idx) {
-  const core::Sequence sequence = core::get_sequence(params.batch, task.chunk.sequence);
-  const std::int64_t group_size = shape.group_size;
-  const std::int64_t head_dim = shape.head_dim;
-  const std::int64_t index_dim = shape.index_dim;
-  const std::int64_t count = task.chunk.end - task.chunk.begin;
-  const std::int64_t group = task.group;
-  const std::int64_t first_row = sequence.query_begin + task.chunk.begin;
-  const std::int64_t key_stride = padded_stride(shape.block_size);  // also of the tiles
-  const std::int64_t index_stride = padded_stride(index_dim);
-  const std::int64_t row_count = group_size + 1;
-  const std::int64_t tile_queries = kl_tile_queries(group_size);
-  float* queries = scratch + layout.queries;
-  float* index_queries = scratch + layout.index_queries;
-  float* index_query_tile = scratch + layout.index_query_tile;
-  float* index_query_grads = scratch + layout.index_query_grads;
-  float* keys = scratch + layout.keys;
-  float* index_keys_t = scratch + layout.index_keys_t;
-  float* index_keys = scratch + layout.index_keys;
-  float* lse = scratch + layout.lse;
-  float* inverse_norms = scratch + layout.inverse_norms;
-  float* tile = scratch + layout.tile;
-  float* index_tile = tile + group_size * key_stride;
-  float* sums = scratch + layout.sums;
-  const core::KeyRows key_rows(params.k, params.batch);
-  const core::KeyRows index_key_rows(params.k_idx, params.batch);
-  const auto scale = static_cast<float>(*params.scale);
-  const auto index_scale = static_cast<float>(*params.index_scale);
-
+                                           const IndexKlBackwardLayout& layout, const IndexKlTask& task, float factor,
+                                           float* scratch, float* key_sums, std::uint8_t* touched,
+                                           const TensorView& dq_idx) {
   std::fill(touched, touched + task.blocks, std::uint8_t{0});
-  load_query_rows(params.q, first_row, count, group * group_size, group_size, queries);
-  for (std::int64_t i = 0; i < count; ++i) {
-    load_row(head_row(params.q_idx, first_row + i, group), params.q_idx.dtype, index_dim,
-             index_queries + i * index_stride);
-    for (std::int64_t h = 0; h < group_size; ++h) {
-      lse[i * row_count + h] = read_float(saved.lse_main, first_row + i, group * group_size + h);
-    }
-    lse[i * row_count + group_size] = read_float(saved.lse_index, first_row + i, group);
-    inverse_norms[i] = 1.0f / read_float(saved.teacher_norm, first_row + i, group);
-  }
-  std::fill(index_query_grads, index_query_grads + count * index_dim, 0.0f);
-
-  BlockWalk walk(params.batch, sequence, params.blocks, group, shape.block_size, task.chunk.begin, task.chunk.end,
-                 reinterpret_cast<std::int32_t*>(scratch + layout.walk));
-  while (walk.next()) {
-    const std::int64_t block_begin = walk.block() * shape.block_size;
-    const std::int64_t block_keys = walk.block_keys();
-    const std::int64_t columns = padded_columns(block_keys);
-    float* key_sum = key_sums + walk.block() * shape.block_size * index_dim;
-    std::fill(key_sum, key_sum + shape.block_size * index_dim, 0.0f);
-    touched[walk.block()] = 1;
-    load_keys_transposed(key_rows, params.k.dtype, sequence.index, group, block_begin, block_keys, head_dim, keys,
-                         key_stride);
-    load_value_rows(index_key_rows, params.k_idx.dtype, sequence.index, 0, block_begin, block_keys, index_dim,
-                    index_keys, index_stride);
-    transpose_keys(index_keys, index_stride, block_keys, index_dim, index_keys_t, key_stride);
-    for (std::int64_t t0 = 0; t0 < walk.count(); t0 += tile_queries) {
-      const std::int32_t* members = walk.members() + t0;
-      const std::int64_t members_here = std::min(tile_queries, walk.count() - t0);
-      const TileRows<const float> query_of{queries, members, group_size, group_size * head_dim, head_dim};
-      const TileRows<float> score_of{tile, nullptr, group_size, row_count * key_stride, key_stride};
-      product_of_tile(members_here * group_size, columns, head_dim, query_of, keys, key_stride, score_of);
-      for (std::int64_t t = 0; t < members_here; ++t) {
-        const float* row = index_queries + members[t] * index_stride;
-        std::copy(row, row + index_dim, index_query_tile + t * index_stride);
-      }
-      product(members_here, columns, index_dim, index_query_tile, index_stride, 1, index_keys_t, key_stride,
-              index_tile, row_count * key_stride, false);
-      for (std::int64_t t = 0; t < members_here; ++t) {
-        const auto subtract = params.teacher == Teacher::kMean ? subtract_distributions<Teacher::kMean>
-                                                               : subtract_distributions<Teacher::kMax>;
-        subtract(tile + t * row_count * key_stride, key_stride, group_size, columns, scale, index_scale,
-                 lse + members[t] * row_count, inverse_norms[members[t]]);
-      }
-      // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
-      const auto add_rows = [&](std::int64_t first, std::int64_t rows, std::int64_t visible) HWY_ATTR {
-        const float* gradients = index_tile + first * row_count * key_stride;
-        product(rows, index_dim, visible, gradients, row_count * key_stride, 1, index_keys, index_stride,
-                sums + first * index_dim, index_dim, false);
-        product(visible, index_dim, rows, gradients, 1, row_count * key_stride,
-                index_query_tile + first * index_stride, index_stride, key_sum, index_dim, true);
-      };
-      std::int64_t t = 0;
-      for (; t < members_here && walk.visible_keys(members[t]) < block_keys; ++t) {
-        add_rows(t, 1, walk.visible_keys(members[t]));
-      }
-      if (t < members_here) add_rows(t, members_here - t, block_keys);
-      for (t = 0; t < members_here; ++t) {
-        add_row(sums + t * index_dim, index_dim, index_query_grads + members[t] * index_dim);
-      }
-    }
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    float* row = index_query_grads + i * index_dim;
-    scale_row(factor, index_dim, row);
-    store_row(row, index_dim, dq_idx.dtype, head_row(dq_idx, first_row + i, group));
+  KlChunk chunk(params, shape, layout.chunk, task.chunk, task.group, scratch);
+  chunk.find_sums();
+  chunk.find_norms();
+  if (params.teacher == Teacher::kMean) {
+    chunk.write_gradients<Teacher::kMean>(layout, factor, key_sums, touched, dq_idx);
+  } else {
+    chunk.write_gradients<Teacher::kMax>(layout, factor, key_sums, touched, dq_idx);
   }
 }
 

@@ -82,7 +82,7 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
   return static_cast<float>(sum / static_cast<double>(rows));
 }
 
-void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
+void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved&,
                        float grad_output, const TensorView& dq_idx, const TensorView& dk_idx) {
   ensure_instruction_set();
   const Batch& batch = params.batch;
@@ -92,7 +92,7 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
   if (shape.queries.total == 0) return;
   const IndexKlBackwardPlan plan = plan_index_kl_backward(
       "index_kl_backward", shape, batch, core::resolve_threads(context.threads), context.workspace_limit);
-  const IndexKlBackwardLayout layout = lay_out_index_kl_backward(shape);
+  const IndexKlBackwardLayout layout = lay_out_index_kl_backward(shape, plan.keep_tiles);
   const auto factor = static_cast<float>(static_cast<double>(grad_output) * *params.index_scale /
                                          static_cast<double>(shape.queries.total * shape.kv_heads));
   const std::int64_t block_floats = shape.block_size * shape.index_dim;
@@ -118,7 +118,7 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
     const std::int64_t end = plan.round_ends[round];
     core::parallel_for(plan.workers, end - begin, [&](std::int64_t t, int worker) {
       const IndexKlTask& task = plan.tasks[static_cast<std::size_t>(begin + t)];
-      run(params, shape, layout, task, saved, factor,
+      run(params, shape, layout, task, factor,
           scratch.data() + worker_floats * static_cast<std::size_t>(worker),
           sums.data() + task.sum_begin * block_floats, touched.data() + task.sum_begin, dq_idx);
     });

@@ -20,7 +20,7 @@ IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bo
   layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
   layout.index_keys = cursor.take(shape.index_dim * padded_stride(shape.block_size));
   layout.largest = cursor.take(chunk * (shape.group_size + 1));
-  layout.totals = cursor.take(chunk * (shape.group_size + 1));
+  layout.totals = cursor.take(floats_for(chunk * (shape.group_size + 1), sizeof(double)));
   layout.norms = cursor.take(chunk);
   layout.factors = cursor.take(shape.group_size);
   layout.values = cursor.take(floats_for(chunk, sizeof(double)));
@@ -46,23 +46,17 @@ IndexKlPlan plan_index_kl(const std::string& op, const IndexKlShape& shape, int 
   return plan;
 }
 
-IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape) {
+IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape, bool keep_tiles) {
   const std::int64_t chunk = kl_backward_chunk(shape.queries.longest);
   const std::int64_t tile_queries = std::min(chunk, kl_tile_queries(shape.group_size));
   IndexKlBackwardLayout layout;
+  layout.chunk = lay_out_index_kl(shape, chunk, keep_tiles);
   LayoutCursor cursor;
-  layout.queries = cursor.take(chunk * shape.group_size * shape.head_dim);
-  layout.index_queries = cursor.take(chunk * padded_stride(shape.index_dim));
+  cursor.take(layout.chunk.end);
   layout.index_query_tile = cursor.take(tile_queries * padded_stride(shape.index_dim));
   layout.index_query_grads = cursor.take(chunk * shape.index_dim);
-  layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
-  layout.index_keys_t = cursor.take(shape.index_dim * padded_stride(shape.block_size));
-  layout.index_keys = cursor.take(shape.block_size * padded_stride(shape.index_dim));
-  layout.lse = cursor.take(chunk * (shape.group_size + 1));
-  layout.inverse_norms = cursor.take(chunk);
-  layout.tile = cursor.take(tile_queries * (shape.group_size + 1) * padded_stride(shape.block_size));
+  layout.index_key_rows = cursor.take(shape.block_size * padded_stride(shape.index_dim));
   layout.sums = cursor.take(tile_queries * shape.index_dim);
-  layout.walk = cursor.take(BlockWalk::scratch_elements(chunk));
   layout.end = cursor.end();
   return layout;
 }
@@ -90,7 +84,7 @@ IndexKlBackwardPlan plan_index_kl_backward(const std::string& op, const IndexKlS
   const std::int64_t block_floats = shape.block_size * shape.index_dim;
   const std::size_t block_bytes = bytes_of(block_floats) + 1;  // and a flag: touched or not
   plan.workers = static_cast<int>(std::clamp<std::int64_t>(static_cast<std::int64_t>(plan.tasks.size()), 1, threads));
-  plan.worker_bytes = bytes_of(lay_out_index_kl_backward(shape).end);
+  plan.worker_bytes = bytes_of(lay_out_index_kl_backward(shape, plan.keep_tiles).end);
   // Sums in flight: 256 MiB are enough for balance; beyond, one task a thread.
   constexpr std::size_t kRoundBytes = std::size_t{256} << 20;
   std::int64_t room = std::max(largest * plan.workers, static_cast<std::int64_t>(kRoundBytes / block_bytes));
@@ -101,7 +95,10 @@ IndexKlBackwardPlan plan_index_kl_backward(const std::string& op, const IndexKlS
     return plan.shared_bytes + plan.worker_bytes * static_cast<std::size_t>(plan.workers);
   };
   while (workspace_limit != 0 && bytes() > workspace_limit) {
-    if (room > largest) {
+    if (plan.keep_tiles) {
+      plan.keep_tiles = false;
+      plan.worker_bytes = bytes_of(lay_out_index_kl_backward(shape, plan.keep_tiles).end);
+    } else if (room > largest) {
       room = std::max(largest, room / 2);
     } else if (plan.workers > 1) {
       --plan.workers;

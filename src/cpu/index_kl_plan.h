@@ -32,14 +32,14 @@ inline std::int64_t kl_tile_queries(std::int64_t group_size) {
 /// Row stride of score tiles: one column behind the block's keys holds the row's maximum.
 inline std::int64_t kl_tile_stride(std::int64_t block_size) { return padded_stride(block_size + 1); }
 
-/// Scratch memory of one worker in the forward, in floats from its begin.
+/// Scratch memory of one worker, in floats from its begin.
 struct IndexKlLayout {
   std::int64_t queries = 0;        ///< [chunk * group_size, head_dim]
   std::int64_t index_queries = 0;  ///< [chunk, index_dim]
   std::int64_t keys = 0;           ///< [head_dim, padded_stride(block_size)]
   std::int64_t index_keys = 0;     ///< [index_dim, padded_stride(block_size)]
-  std::int64_t largest = 0;        ///< [chunk, group_size + 1], running maximum of the scores, then lse
-  std::int64_t totals = 0;         ///< [chunk, group_size + 1], running sum of the exponentials
+  std::int64_t largest = 0;        ///< [chunk, group_size + 1], running maximum of the scores
+  std::int64_t totals = 0;         ///< double [chunk, group_size + 1], running sum of the exponentials
   std::int64_t norms = 0;          ///< [chunk], what the teacher's mass is divided by
   std::int64_t factors = 0;        ///< [group_size]
   std::int64_t values = 0;         ///< double [chunk], each row's KL
@@ -63,23 +63,16 @@ inline std::int64_t kl_backward_chunk(std::int64_t sequence_queries) {
   return std::clamp<std::int64_t>((sequence_queries + 31) / 32 * 8, 16, 64);
 }
 
-/// Scratch memory of one worker in the backward.
+/// Scratch memory of one worker in the backward: that of a chunk, and more.
 struct IndexKlBackwardLayout {
-  std::int64_t queries = 0;            ///< [chunk * group_size, head_dim]
-  std::int64_t index_queries = 0;      ///< [chunk, padded_stride(index_dim)]
+  IndexKlLayout chunk;
   std::int64_t index_query_tile = 0;   ///< [kl_tile_queries, padded_stride(index_dim)]
   std::int64_t index_query_grads = 0;  ///< [chunk, index_dim]
-  std::int64_t keys = 0;               ///< [head_dim, padded_stride(block_size)]
-  std::int64_t index_keys_t = 0;       ///< [index_dim, padded_stride(block_size)]
-  std::int64_t index_keys = 0;         ///< [block_size, padded_stride(index_dim)]
-  std::int64_t lse = 0;                ///< [chunk, group_size + 1], main heads, then index
-  std::int64_t inverse_norms = 0;      ///< [chunk]
-  std::int64_t tile = 0;               ///< [kl_tile_queries * (group_size + 1), padded_stride(block_size)]
-  std::int64_t sums = 0;               ///< [kl_tile_queries, index_dim]
-  std::int64_t walk = 0;               ///< int32, BlockWalk's
+  std::int64_t index_key_rows = 0;     ///< [block_size, padded_stride(index_dim)]
+  std::int64_t sums = 0;               ///< [kl_tile_queries, index_dim]: what one block adds to index_query_grads
   std::int64_t end = 0;
 };
-IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape);
+IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape, bool keep_tiles);
 
 /// A task of the backward: queries of a sequence in one group, with a sum of its own for dk_idx of the blocks they see.
 struct IndexKlTask {
@@ -93,6 +86,7 @@ struct IndexKlBackwardPlan {
   std::vector<IndexKlTask> tasks;
   std::vector<std::int64_t> round_ends;  ///< tasks [round_ends[i-1], round_ends[i]) run together, sums added after each
   std::int64_t round_blocks = 0;         ///< blocks of the largest round's buffer
+  bool keep_tiles = true;                ///< see IndexKlLayout::strip
   int workers = 1;
   std::size_t worker_bytes = 0;
   std::size_t shared_bytes = 0;  ///< dk_idx in float and a round's sums

@@ -51,16 +51,6 @@ inline float read_float(const ConstTensorView& tensor, std::int64_t row, std::in
   return *reinterpret_cast<const float*>(head_row(tensor, row, head));
 }
 
-/// out[d * out_stride + j] = rows[j * row_stride + d], j < count, the columns up to padded_columns(count) 0: what
-/// load_keys_transposed gives, from rows that load_value_rows has loaded.
-inline HWY_ATTR void transpose_keys(const float* HWY_RESTRICT rows, std::int64_t row_stride, std::int64_t count,
-                                    std::int64_t dim, float* HWY_RESTRICT out, std::int64_t out_stride) {
-  transpose(rows, row_stride, count, dim, out, out_stride);
-  const std::int64_t padded = padded_columns(count);
-  if (padded == count) return;
-  for (std::int64_t d = 0; d < dim; ++d) std::fill(out + d * out_stride + count, out + d * out_stride + padded, 0.0f);
-}
-
 /// Rows of a score tile or of the queries behind it: row r belongs to head r % heads of the query members[r / heads] (of
 /// query r / heads when members is null).
 template <class T>
