@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of sparse and dense attention in two passes over (query, block) pairs, both recomputing the probabilities from
-// lse: a query pass (a task owns queries and walks their blocks: dq) and a key pass (a task owns a key block and walks the
-// queries that chose it: dk, dv). No task writes what another one reads, so there are no atomics, and every sum runs in
-// an order that the row's or the block's own list fixes. Tested in tests/unit/sparse_attention_test.cc and
+// Backward of sparse and dense attention in two passes over (query, block) pairs, both recomputing the probabilities
+// from lse: a query pass (a task owns queries and walks their blocks: dq) and a key pass (a task owns a key block and
+// walks the queries that chose it: dk, dv). No task writes what another one reads, so there are no atomics, and every
+// sum runs in an order that the row's or the block's own list fixes. Tested in tests/unit/sparse_attention_test.cc and
 // dense_attention_test.cc.
 //
 // With P = softmax(scale S), S = Q K^T, and dP = dO V^T:  dS = P (dP - rowsum(P dP) + dlse),
-// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO. P comes from the row's own maximum and sum and rowsum(P dP) from the
-// numbers that dS is made of, not from the saved lse and out: their rounding would move a whole row, and leave a gradient
-// where the two terms cancel (a row of one key has none). So the query pass goes through its blocks twice; score tiles of
-// the first time are kept for the second as far as there is room.
+// dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO. P comes from the row's own maximum and sum and rowsum(P dP) from
+// the numbers that dS is made of, not from the saved lse and out: their rounding would move a whole row, and leave a
+// gradient where the two terms cancel (a row of one key has none). So the query pass goes through its blocks twice;
+// score tiles of the first time are kept for the second as far as there is room.
 #if defined(MSA_CPU_ATTENTION_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BACKWARD_INL_H_
 #undef MSA_CPU_ATTENTION_BACKWARD_INL_H_
@@ -51,16 +51,18 @@ inline HWY_ATTR float dot_visible(const float* HWY_RESTRICT a, const float* HWY_
 
 // Columns of a row that it does not see hold meaningless values in the next two, before and after: nobody reads them.
 
-/// grads = dS = P (dP + offset) from grads = dP and P = factor * exponentials.
-inline HWY_ATTR void finish_row(std::int64_t columns, float factor, float offset, const float* HWY_RESTRICT exponentials,
-                                float* HWY_RESTRICT grads) {
+/// grads = dS = P ((dP - mean) + lse_grad) from grads = dP and P = factor * exponentials.
+inline HWY_ATTR void finish_row(std::int64_t columns, float factor, const RowTerms& terms,
+                                const float* HWY_RESTRICT exponentials, float* HWY_RESTRICT grads) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto f = hn::Set(df, factor);
-  const auto o = hn::Set(df, offset);
+  const auto mean = hn::Set(df, terms.mean);
+  const auto lse_grad = hn::Set(df, terms.lse_grad);
   for (std::int64_t j = 0; j < columns; j += lanes) {
     const auto p = hn::Mul(hn::LoadU(df, exponentials + j), f);
-    hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), o)), df, grads + j);
+    const auto centred = hn::Sub(hn::LoadU(df, grads + j), mean);
+    hn::StoreU(hn::Mul(p, hn::Add(centred, lse_grad)), df, grads + j);
   }
 }
 
@@ -72,12 +74,14 @@ inline HWY_ATTR void differentiate_row(std::int64_t columns, float scale, const 
   const auto s = hn::Set(df, scale);
   const auto shift = hn::Set(df, terms.shift);
   const auto weight = hn::Set(df, terms.weight);
-  const auto offset = hn::Set(df, terms.offset);
+  const auto mean = hn::Set(df, terms.mean);
+  const auto lse_grad = hn::Set(df, terms.lse_grad);
   for (std::int64_t j = 0; j < columns; j += lanes) {
     // Scaled and rounded before the subtraction, as the maximum was: its own exponential is exactly 1.
     const auto p = hn::Mul(exp_lanes(hn::Sub(hn::Mul(hn::LoadU(df, scores + j), s), shift)), weight);
     hn::StoreU(p, df, scores + j);
-    hn::StoreU(hn::Mul(p, hn::Add(hn::LoadU(df, grads + j), offset)), df, grads + j);
+    const auto centred = hn::Sub(hn::LoadU(df, grads + j), mean);
+    hn::StoreU(hn::Mul(p, hn::Add(centred, lse_grad)), df, grads + j);
   }
 }
 
@@ -132,10 +136,10 @@ class QueryPass {
       row = RowTerms{};
       if (sums.total == 0) continue;  // no block, or no score above -inf: no gradient
       const ConstTensorView& dlse = problem_.saved.dlse;
-      const float lse_grad = dlse.empty() ? 0.0f : read_float(dlse, tensor_row(r), tensor_head(r));
       row.shift = softmax_shift(sums.largest);
       row.weight = static_cast<float>(1.0 / sums.total);
-      row.offset = static_cast<float>(static_cast<double>(lse_grad) - sums.weighted / sums.total);
+      row.mean = static_cast<float>(sums.weighted / sums.total);
+      row.lse_grad = dlse.empty() ? 0.0f : read_float(dlse, tensor_row(r), tensor_head(r));
     }
   }
 
@@ -153,7 +157,7 @@ class QueryPass {
         const float* scores = tile.scores + r * tile_stride_;
         const RowTerms& row = terms_of(terms, row_of(tile, r));
         const float factor = exp_one(softmax_shift(scores[shape_.block_size]) - row.shift) * row.weight;
-        finish_row(padded_columns(block_keys), factor, row.offset, scores, tile.grads + r * tile_stride_);
+        finish_row(padded_columns(block_keys), factor, row, scores, tile.grads + r * tile_stride_);
       }
       // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
       const auto sum_keys = [&](std::int64_t first, std::int64_t count, std::int64_t visible) HWY_ATTR {
@@ -180,8 +184,8 @@ class QueryPass {
 
  private:
   // Some queries that attend to a block, and some heads of the group (all, but in giant groups): row r is head
-  // first_head + r % heads of query members[r / heads] of the chunk. A row of `scores` holds e^(score - block maximum), and
-  // the maximum and the sum in the two columns behind the keys; a row of `grads` dP.
+  // first_head + r % heads of query members[r / heads] of the chunk. A row of `scores` holds e^(score - block maximum),
+  // and the maximum and the sum in the two columns behind the keys; a row of `grads` dP.
   struct Tile {
     const std::int32_t* members;
     std::int64_t first_head;
@@ -296,7 +300,8 @@ inline HWY_ATTR void run_query_pass(const BackwardProblem& problem, const Attent
 // Adds what queries [begin, end) of a block's list give to its dk (unscaled) and dv, in `split`.
 inline HWY_ATTR void sum_split(const BackwardProblem& problem, const AttentionShape& shape, const KeyPassLayout& layout,
                                const core::Sequence& sequence, const KeyTask& task, const QueryList& list,
-                               std::int64_t begin, std::int64_t end, const RowTerms* terms, float* scratch, float* split) {
+                               std::int64_t begin, std::int64_t end, const RowTerms* terms, float* scratch,
+                               float* split) {
   const std::int64_t group_size = shape.group_size;
   const std::int64_t head_dim = shape.head_dim;
   const std::int64_t value_dim = shape.value_dim;
@@ -339,7 +344,8 @@ inline HWY_ATTR void sum_split(const BackwardProblem& problem, const AttentionSh
       differentiate_row(columns, problem.scale, terms[row * query_heads + head], scores + r * tile_stride,
                         grads + r * tile_stride);
     }
-    // The sum of chains of about 32 rows: a single chain over a long list would lose more digits than a plain matrix product.
+    // The sum of chains of about 32 rows: a single chain over a long list would lose more digits than a plain matrix
+    // product.
     const std::int64_t chain_queries = std::max<std::int64_t>(1, 32 / group_size);
     for (std::int64_t c0 = 0; c0 < members; c0 += chain_queries) {
       const std::int64_t c1 = std::min(members, c0 + chain_queries);
@@ -385,8 +391,8 @@ inline HWY_ATTR void store_key_grads(const BackwardProblem& problem, const Atten
   }
 }
 
-/// One task of the key pass: queries [task.begin, task.end) of the block's list, split by split. A task that is only a part
-/// of the block leaves its sum in task.sum; otherwise it writes dk and dv.
+/// One task of the key pass: queries [task.begin, task.end) of the block's list, split by split. A task that is only a
+/// part of the block leaves its sum in task.sum; otherwise it writes dk and dv.
 inline HWY_ATTR void run_key_pass(const BackwardProblem& problem, const AttentionShape& shape,
                                   const KeyPassLayout& layout, const KeyTask& task, const QueryList& list,
                                   const RowTerms* terms, float* scratch) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two passes of attention's backward work on: the arguments of the sparse or the dense operator as one, and the
-// key pass's tasks. See attention_backward-inl.h.
+// What the two passes of attention's backward work on: the arguments of the sparse or the dense operator as one, and
+// the key pass's tasks. See attention_backward-inl.h.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,13 @@ struct BackwardProblem {
   AttentionGrads grads;
 };
 
-/// What the query pass finds of a row and head, for both passes: P = weight e^(scale S - shift), dS = P (dP + offset).
+/// What the query pass finds of a row and head, for both passes: P = weight e^(scale S - shift), dS = P ((dP - mean) +
+/// lse_grad), in this order: a row that sees one key has dP = mean, and its dS is lse_grad to the last bit.
 struct RowTerms {
-  float shift = 0;   ///< the row's largest scaled score
-  float weight = 0;  ///< 1 / sum of e^(scale S - shift)
-  float offset = 0;  ///< dlse - rowsum(P dP)
+  float shift = 0;     ///< the row's largest scaled score
+  float weight = 0;    ///< 1 / sum of e^(scale S - shift)
+  float mean = 0;      ///< rowsum(P dP)
+  float lse_grad = 0;  ///< dlse
 };
 
 /// Running sums of a row in the query pass.
@@ -33,7 +35,8 @@ struct RowSums {
   float largest = -std::numeric_limits<float>::infinity();
 };
 
-/// Queries [begin, end) of the list of those that chose a key block. A block has one task, or several, of one split each.
+/// Queries [begin, end) of the list of those that chose a key block. A block has one task, or several, of one split
+/// each.
 struct KeyTask {
   std::int32_t sequence = 0;
   std::int32_t kv_head = 0;
