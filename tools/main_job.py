@@ -24,8 +24,7 @@ FORMAT = 1  # of the step records; a change makes every step run again
 
 # Flags of the steps beyond the programs' own defaults; docs/training.md says what each buys.
 CONVERT_FLAGS = ["--calibrate"]
-TRAIN_FLAGS = ["--steps", "140,20", "--cache-windows", "20", "--sparse-cache-windows", "4", "--long-windows", "2",
-               "--retrieval-share", "0.5"]
+TRAIN_FLAGS = ["--retrieval-share", "0.5"]
 
 # What the long document is made of by default: a licence text, which every Debian machine has.
 DOCUMENT_SOURCES = [pathlib.Path("/usr/share/common-licenses/GPL-3")]
