@@ -159,7 +159,7 @@ def run_steps(job, options):
              ["msa-untrained/config.json"])
     job.step("train", "Train the index branch: warmup, then sparse; the backbone is frozen",
              [msa, "train", "--model", initial, "--out", model, "--stage", "warmup,sparse", "--freeze-backbone", "--json",
-              *data, *TRAIN_FLAGS, *options.train_flags],
+              *data, *options.train_flags],
              ["msa/config.json"])
     if not job.result("train")["finished"]:
         job.forget("train")
@@ -251,7 +251,8 @@ def parse_options():
     parser.add_argument("--trials", type=int, default=10, help="passkey trials a length")
     parser.add_argument("--document-characters", type=int, default=16000)
     parser.add_argument("--map-layers", default="0,7,15,23", help="layers whose selections the report shows")
-    parser.add_argument("--train-flags", type=str.split, default=[], help="further flags of msa train, one string")
+    parser.add_argument("--train-flags", type=str.split, default=TRAIN_FLAGS,
+                        help="flags of msa train in place of the job's own, one string")
     options = parser.parse_args()
     if options.data and not pathlib.Path(options.data).exists():
         parser.error(f"--data: {options.data} does not exist")

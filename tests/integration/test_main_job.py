@@ -14,7 +14,7 @@ import pytest
 CONTEXT = 256
 JOB_FLAGS = ["--context", str(CONTEXT), "--block-size", "16", "--topk", "2", "--passkey-lengths", "1024,1536", "--trials", "2",
              "--map-layers", "0,1", "--document-characters", "600"]
-TRAIN_FLAGS = "--steps 6,2 --context 512 --cache-windows 3 --sparse-cache-windows 1 --rows 16 --probe-every 2 --probe-rows 16"
+TRAIN_FLAGS = "--retrieval-share 0.5 --steps 6,2 --context 512 --cache-windows 3 --sparse-cache-windows 1 --rows 16 --probe-every 2 --probe-rows 16"
 
 
 @pytest.fixture(scope="module")
