@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of sparse and dense attention in two passes over (query, block) pairs, both recomputing the scores;
+// Backward of sparse and dense attention in two passes over (query, block) pairs, both recomputing the scores:
 // a query pass (a task owns queries and walks their blocks: dq) and a key pass (a task owns a key block and
 // walks the queries that chose it: dk, dv). No task writes what another one reads, so there are no atomics, and every
 // sum runs in an order that the row's or the block's own list fixes. Tested in tests/unit/sparse_attention_test.cc and
