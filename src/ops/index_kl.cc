@@ -13,11 +13,7 @@ IndexKlParams check_params(const ops::Validator& check, const Context& context, 
   check.check_block_size(params.block_size);
   check.check_scale("scale", params.scale);
   check.check_scale("index_scale", params.index_scale);
-  check.check_layout("q", params.q, 3);
-  check.check_float("q", params.q);
-  check.check_keys("k", params.k, params.batch, true);
-  check.check_same_dtype("k", params.k, "q", params.q);
-  const std::int64_t kv_heads = check.check_heads(params.q, params.k);
+  const std::int64_t kv_heads = check.check_queries_and_keys(params.q, params.k, params.batch);
   check.check_layout("q_idx", params.q_idx, 3);
   check.check_float("q_idx", params.q_idx);
   check.check_size("q_idx", params.q_idx, 0, params.q.size(0), "the query rows of q");
@@ -78,11 +74,7 @@ SelectionRecall selection_recall(const Context& context, const SelectionRecallPa
   const ops::Validator check("selection_recall");
   check.check_block_size(params.block_size);
   check.check_scale("scale", params.scale);
-  check.check_layout("q", params.q, 3);
-  check.check_float("q", params.q);
-  check.check_keys("k", params.k, params.batch, true);
-  check.check_same_dtype("k", params.k, "q", params.q);
-  const std::int64_t kv_heads = check.check_heads(params.q, params.k);
+  const std::int64_t kv_heads = check.check_queries_and_keys(params.q, params.k, params.batch);
   check.check_batch(params.batch, params.q.size(0), "k", params.k, params.block_size);
   check.check_blocks(context, params.blocks, params.batch, kv_heads, params.q.size(0), params.block_size, true);
   SelectionRecallParams resolved = params;

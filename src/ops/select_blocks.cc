@@ -45,11 +45,7 @@ void select_blocks_oracle(const Context& context, const OracleBlocksParams& para
   check.check_topk(params.topk);
   check.check_forced(params.local_blocks, params.init_blocks);
   check.check_scale("scale", params.scale);
-  check.check_layout("q", params.q, 3);
-  check.check_float("q", params.q);
-  check.check_keys("k", params.k, params.batch, true);
-  check.check_same_dtype("k", params.k, "q", params.q);
-  const std::int64_t kv_heads = check.check_heads(params.q, params.k);
+  const std::int64_t kv_heads = check.check_queries_and_keys(params.q, params.k, params.batch);
   check.check_batch(params.batch, params.q.size(0), "k", params.k, params.block_size);
   check_output(check, blocks, kv_heads, params.q.size(0), params.topk);
   OracleBlocksParams resolved = params;

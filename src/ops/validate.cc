@@ -197,6 +197,15 @@ void Validator::check_packed(const Batch& batch) const {
   if (batch.is_paged) fail("batch", "is paged; gradients are offered for packed batches only");
 }
 
+std::int64_t Validator::check_queries_and_keys(const ConstTensorView& q, const ConstTensorView& k,
+                                               const Batch& batch) const {
+  check_layout("q", q, 3);
+  check_float("q", q);
+  check_keys("k", k, batch, true);
+  check_same_dtype("k", k, "q", q);
+  return check_heads(q, k);
+}
+
 std::int64_t Validator::check_heads(const ConstTensorView& q, const ConstTensorView& k) const {
   const std::int64_t query_heads = q.size(1);
   const std::int64_t kv_heads = k.size(k.rank - 2);
