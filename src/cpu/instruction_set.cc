@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See instruction_set.h. Highway keeps one dispatch mask a process; choosing a set means leaving a single bit in it.
+// See instruction_set.h. Highway keeps one dispatch mask a process; choosing a set means leaving a single bit in it. Two
+// sets more stand before AVX-512: the same vector code, with the dot products of narrow types that some machines add.
 // Tested in tests/unit/instruction_set_test.cc.
 #include "src/cpu/instruction_set.h"
 
@@ -10,10 +11,17 @@
 #include <mutex>
 
 #include "msa/error.h"
+#include "src/cpu/dot_products.h"
 #include "src/cpu/targets_mask.h"
 
 namespace msa::cpu {
 namespace {
+
+struct InstructionSet {
+  std::string name;
+  std::int64_t target = 0;  // Highway's
+  DotProducts dots = DotProducts::kNone;
+};
 
 std::string name_of(std::int64_t target) {
   switch (target) {
@@ -35,61 +43,79 @@ std::string name_of(std::int64_t target) {
 }
 
 // Sets that are both compiled in and on this machine, best first: Highway gives better sets lower bits.
-std::vector<std::int64_t> usable_targets() {
-  std::vector<std::int64_t> targets = hwy::SupportedAndGeneratedTargets();
-  if (targets.empty()) {
+const std::vector<InstructionSet>& usable_sets() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> found;
+    for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+#if HWY_ARCH_X86
+      if (target == HWY_AVX3) {
+        const DotProducts dots = detect_dot_products();
+        if (dots == DotProducts::kAmx) found.push_back({"amx", target, DotProducts::kAmx});
+        if (dots != DotProducts::kNone) found.push_back({"avx512_bf16", target, DotProducts::kAvx512});
+      }
+#endif
+      found.push_back({name_of(target), target, DotProducts::kNone});
+    }
+    return found;
+  }();
+  if (sets.empty()) {
     throw Error("this machine has none of the instruction sets the cpu backend was built for (the least is " +
                 name_of(HWY_STATIC_TARGET) + "); use the reference backend");
   }
-  return targets;
+  return sets;
 }
 
-std::int64_t find_target(const std::string& name, const std::string& who) {
+const InstructionSet& find_set(const std::string& name, const std::string& who) {
   std::string choices;
-  for (const std::int64_t target : usable_targets()) {
-    if (name_of(target) == name) return target;
+  for (const InstructionSet& set : usable_sets()) {
+    if (set.name == name) return set;
     choices += choices.empty() ? "" : ", ";
-    choices += name_of(target);
+    choices += set.name;
   }
   throw Error(who + ": instruction set \"" + name + "\" is not available on this machine; choices: " + choices);
 }
 
-std::int64_t default_target() {
+const InstructionSet& default_set() {
   const char* wanted = std::getenv("MSA_ISA");
-  if (wanted == nullptr || *wanted == '\0') return usable_targets().front();
-  return find_target(wanted, "MSA_ISA");
+  if (wanted == nullptr || *wanted == '\0') return usable_sets().front();
+  return find_set(wanted, "MSA_ISA");
 }
 
-std::atomic<std::int64_t> active{0};  // 0: not chosen yet
+std::atomic<const InstructionSet*> active{nullptr};  // null: not chosen yet
 std::mutex choosing;
 
-void choose(std::int64_t target) {
-  hwy::GetChosenTarget().Update(target);
-  active.store(target, std::memory_order_release);
+void choose(const InstructionSet& set) {
+  hwy::GetChosenTarget().Update(set.target);
+  active.store(&set, std::memory_order_release);
 }
 
 }  // namespace
 
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names;
-  for (const std::int64_t target : usable_targets()) names.push_back(name_of(target));
+  for (const InstructionSet& set : usable_sets()) names.push_back(set.name);
   return names;
 }
 
 void ensure_instruction_set() {
-  if (active.load(std::memory_order_acquire) != 0) return;
+  if (active.load(std::memory_order_acquire) != nullptr) return;
   const std::lock_guard<std::mutex> lock(choosing);
-  if (active.load(std::memory_order_relaxed) == 0) choose(default_target());
+  if (active.load(std::memory_order_relaxed) == nullptr) choose(default_set());
 }
 
 std::string active_instruction_set() {
   ensure_instruction_set();
-  return name_of(active.load(std::memory_order_acquire));
+  return active.load(std::memory_order_acquire)->name;
+}
+
+DotProducts active_dot_products() {
+  ensure_instruction_set();
+  return active.load(std::memory_order_acquire)->dots;
 }
 
 void force_instruction_set(const std::string& name) {
   const std::lock_guard<std::mutex> lock(choosing);
-  choose(name.empty() ? default_target() : find_target(name, "force_instruction_set"));
+  choose(name.empty() ? default_set() : find_set(name, "force_instruction_set"));
 }
 
 }  // namespace msa::cpu
