@@ -19,6 +19,12 @@ void plan_input(const std::string& op, const Context& context, std::int64_t bloc
   shape.value_dim = input.v.size(input.v.rank - 1);
   shape.block_size = block_size;
   shape.topk = input.blocks.empty() ? 0 : input.blocks.size(2);
+  if (input.q.dtype == DType::kBFloat16 && input.k.dtype == DType::kBFloat16 && input.v.dtype == DType::kBFloat16 &&
+      input.out.dtype == DType::kBFloat16) {
+    input.multiply_bf16 = active_bf16_kernel();
+    input.needs_amx_tiles = active_dot_products() == DotProducts::kAmx;
+    shape.has_bf16_dots = input.multiply_bf16 != nullptr;
+  }
   input.plan = plan_attention(op, shape, core::resolve_threads(context.threads), context.workspace_limit);
   input.layout = lay_out_attention(shape, input.plan.chunk);
 }

@@ -8,6 +8,7 @@
 #include "msa/batch.h"
 #include "msa/context.h"
 #include "msa/tensor.h"
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan.h"
 
 namespace msa::cpu {
@@ -19,6 +20,8 @@ struct AttentionInput {
   ConstTensorView blocks;  ///< int32 [kv_heads, Tq, topk]; empty: dense
   Batch batch;
   float scale = 1;
+  Bf16Kernel multiply_bf16 = nullptr;  ///< set when shape.has_bf16_dots
+  bool needs_amx_tiles = false;        ///< of the thread that calls multiply_bf16
   TensorView out;  ///< [Tq, query_heads, value_dim]
   TensorView lse;  ///< float32 [Tq, query_heads]
   AttentionShape shape;

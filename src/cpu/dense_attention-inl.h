@@ -9,17 +9,19 @@
 
 #include <cstdint>
 #include <numeric>
+#include <optional>
 
 #include "src/cpu/attention-inl.h"
+#include "src/cpu/attention_bf16-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// One task: the rows of a chunk and a kv head.
-inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                                    float* scratch) {
-  ChunkAttention attention(input, chunk, kv_head, scratch);
+template <class Chunk>
+HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                               float* scratch) {
+  Chunk attention(input, chunk, kv_head, scratch);
   const std::int64_t block_size = input.shape.block_size;
   const std::int64_t blocks = attention.position_of(attention.count() - 1) / block_size + 1;
   std::int64_t first = 0;  // first query that sees the block
@@ -30,6 +32,20 @@ inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChun
     attention.add_block(b, n);
   }
   attention.write();
+}
+
+/// One task: the rows of a chunk and a kv head.
+inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                                 float* scratch) {
+#if HWY_TARGET == HWY_AVX3
+  if (input.multiply_bf16 != nullptr) {
+    std::optional<AmxTiles> tiles;
+    if (input.needs_amx_tiles) tiles.emplace();
+    attend_densely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    return;
+  }
+#endif
+  attend_densely_with<ChunkAttention>(input, chunk, kv_head, scratch);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "src/core/layout.h"
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/tile.h"
 #include "src/cpu/topk.h"
@@ -48,13 +49,22 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
   const std::int64_t rows = chunk * shape.group_size;
   AttentionLayout layout;
   LayoutCursor cursor;
-  layout.queries = cursor.take(rows * shape.head_dim);
+  const std::int64_t inner = padded_inner(shape.head_dim);
+  layout.queries = cursor.take(shape.has_bf16_dots ? floats_for(rows * inner, 2) : rows * shape.head_dim);
   layout.sums = cursor.take(rows * shape.value_dim);
   layout.largest = cursor.take(rows);
   layout.totals = cursor.take(rows);
-  layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
-  layout.values = cursor.take(shape.block_size * padded_stride(shape.value_dim));
-  layout.scores = cursor.take(kScoreRows * padded_stride(shape.block_size));
+  if (shape.has_bf16_dots) {
+    layout.keys = cursor.take(floats_for(inner / 2 * padded_pair_stride(shape.block_size), 2));
+    layout.values = cursor.take(floats_for(padded_inner(shape.block_size) / 2 * padded_pair_stride(shape.value_dim), 2));
+    layout.scores = cursor.take(kBf16Rows * padded_stride(shape.block_size));
+    layout.products = cursor.take(kBf16Rows * padded_stride(shape.value_dim));
+    layout.probabilities = cursor.take(floats_for(kBf16Rows * padded_inner(shape.block_size), 2));
+  } else {
+    layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
+    layout.values = cursor.take(shape.block_size * padded_stride(shape.value_dim));
+    layout.scores = cursor.take(kScoreRows * padded_stride(shape.block_size));
+  }
   layout.visits = cursor.take(floats_for(chunk * shape.topk, sizeof(std::uint64_t)));
   layout.members = cursor.take(chunk);
   layout.seen = cursor.take(chunk);

@@ -10,18 +10,20 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "src/cpu/attention-inl.h"
+#include "src/cpu/attention_bf16-inl.h"
 #include "src/cpu/topk.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// One task: the rows of a chunk and a kv head.
-inline HWY_ATTR void attend_sparsely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                                     float* scratch) {
-  ChunkAttention attention(input, chunk, kv_head, scratch);
+template <class Chunk>
+HWY_ATTR void attend_sparsely_with(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                               float* scratch) {
+  Chunk attention(input, chunk, kv_head, scratch);
   // (block, query) pairs as single numbers, sorted: blocks ascending, within a block queries ascending.
   auto* visits = reinterpret_cast<std::uint64_t*>(scratch + input.layout.visits);
   std::int64_t visit_count = 0;
@@ -42,6 +44,20 @@ inline HWY_ATTR void attend_sparsely(const AttentionInput& input, const QueryChu
     attention.add_block(static_cast<std::int64_t>(block), n);
   }
   attention.write();
+}
+
+/// One task: the rows of a chunk and a kv head.
+inline HWY_ATTR void attend_sparsely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                                 float* scratch) {
+#if HWY_TARGET == HWY_AVX3
+  if (input.multiply_bf16 != nullptr) {
+    std::optional<AmxTiles> tiles;
+    if (input.needs_amx_tiles) tiles.emplace();
+    attend_sparsely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    return;
+  }
+#endif
+  attend_sparsely_with<ChunkAttention>(input, chunk, kv_head, scratch);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -18,4 +18,8 @@ inline std::int64_t padded_stride(std::int64_t cols) { return (padded_columns(co
 /// them stay in the L2 cache while the strips of keys pass through L1.
 inline constexpr std::int64_t kScoreRows = 96;
 
+/// The same for bf16 products: two AMX tiles, four register tiles of 8 rows. 16 KiB of scores with 128 keys, which stay in
+/// the L1 cache from the product through the softmax to the bf16 probabilities.
+inline constexpr std::int64_t kBf16Rows = 32;
+
 }  // namespace msa::cpu

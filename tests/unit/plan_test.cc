@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plans of the cpu backend as pure functions: every query in exactly one chunk, scratch memory inside the limit, parts
 // of a worker's scratch apart from each other, and an error that names the bytes when nothing fits.
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan.h"
 
 #include <gtest/gtest.h>
@@ -112,6 +113,25 @@ TEST(LayOutAttention, KeepsPartsApart) {
       }
     }
   }
+}
+
+TEST(LayOutAttention, KeepsPartsApartWithBf16Dots) {
+  AttentionShape shape = paper_attention(64, 7);
+  shape.has_bf16_dots = true;
+  shape.group_size = 3;
+  shape.head_dim = 80;
+  shape.value_dim = 48;
+  shape.block_size = 16;
+  const AttentionLayout at = lay_out_attention(shape, 5);
+  const std::int64_t rows = 5 * 3;
+  EXPECT_GE(at.sums - at.queries, rows * 96 / 2);  // bf16, 80 padded to 96
+  EXPECT_GE(at.largest - at.sums, rows * 48);
+  EXPECT_GE(at.keys - at.totals, rows);
+  EXPECT_GE(at.values - at.keys, 48 * padded_pair_stride(16) / 2);
+  EXPECT_GE(at.scores - at.values, 16 * padded_pair_stride(48) / 2);  // 16 keys padded to 32: 16 pairs
+  EXPECT_GE(at.products - at.scores, kBf16Rows * padded_stride(16));
+  EXPECT_GE(at.probabilities - at.products, kBf16Rows * padded_stride(48));
+  EXPECT_GE(at.visits - at.probabilities, kBf16Rows * 32 / 2);
 }
 
 TEST(LayOutSelection, KeepsPartsApart) {

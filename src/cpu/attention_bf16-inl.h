@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention-inl.h for bf16 tensors on machines with bf16 dot products: the same chunk, the same visiting of blocks in
+// ascending order, with both products in bf16 and everything between them in float. Probabilities are rounded to bf16 before
+// they meet the values, after their sum was taken. Uses AVX-512 directly: only that set has such products. Tested in
+// tests/unit/sparse_attention_test.cc and dense_attention_test.cc.
+#if defined(MSA_CPU_ATTENTION_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MSA_CPU_ATTENTION_BF16_INL_H_
+#undef MSA_CPU_ATTENTION_BF16_INL_H_
+#else
+#define MSA_CPU_ATTENTION_BF16_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "src/core/layout.h"
+#include "src/cpu/amx_tiles.h"
+#include "src/cpu/attention.h"
+#include "src/cpu/bf16_dot.h"
+#include "src/cpu/key_tile-inl.h"
+#include "src/cpu/plan.h"
+#include "src/cpu/softmax-inl.h"
+#include "src/cpu/tile-inl.h"
+
+#if HWY_TARGET == HWY_AVX3
+
+#include <immintrin.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu {
+namespace HWY_NAMESPACE {
+
+/// Sixteen rows of up to sixteen 32-bit words become sixteen columns: out[c * out_stride + r] = rows[r][c].
+inline HWY_ATTR void transpose_words(__m512i* HWY_RESTRICT r, std::uint32_t* HWY_RESTRICT out, std::int64_t out_stride) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows: words of both side by side
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // four rows
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8) {  // eight rows
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    // t[j]: column j % 4 of quarters 0 and 2 (j < 4) or 1 and 3 (j >= 4) of rows 0..7, t[j + 8] of rows 8..15.
+    const int column = j % 4 + (j < 4 ? 0 : 4);
+    _mm512_storeu_si512(out + column * out_stride, _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88));
+    _mm512_storeu_si512(out + (column + 8) * out_stride, _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd));
+  }
+}
+
+/// Keys as `multiply_bf16` reads b: pair d / 2 of key first + j at out[d / 2 * out_stride + 2 * j]; zeros behind the last key
+/// up to a multiple of 16 and behind the last dimension up to padded_inner.
+inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head, std::int64_t first,
+                               std::int64_t count, std::int64_t head_dim, std::uint16_t* out, std::int64_t out_stride) {
+  auto* words = reinterpret_cast<std::uint32_t*>(out);
+  const std::int64_t dim_words = head_dim / 2;
+  for (std::int64_t j = 0; j < count; j += 16) {
+    const std::byte* row[16];
+    const std::int64_t here = std::min<std::int64_t>(16, count - j);
+    for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
+    for (std::int64_t d = 0; d < dim_words; d += 16) {
+      const auto mask = static_cast<__mmask16>(dim_words - d >= 16 ? 0xffff : (1 << (dim_words - d)) - 1);
+      __m512i r[16];
+      for (std::int64_t i = 0; i < 16; ++i) {
+        r[i] = i < here ? _mm512_maskz_loadu_epi32(mask, row[i] + d * 4) : _mm512_setzero_si512();
+      }
+      transpose_words(r, words + d * (out_stride / 2) + j, out_stride / 2);
+    }
+  }
+}
+
+/// Values as `multiply_bf16` reads b: element e of key first + j at out[j / 2 * out_stride + 2 * e + j % 2]; zeros behind the
+/// last key up to padded_inner. Returns whether all of them are finite.
+inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
+                                 std::int64_t first, std::int64_t count, std::int64_t value_dim, std::uint16_t* out,
+                                 std::int64_t out_stride) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 special = 0;  // all exponent bits set: infinity or NaN
+  for (std::int64_t j = 0; j < padded_inner(count); j += 2) {
+    std::uint16_t* to = out + j / 2 * out_stride;
+    const std::byte* even = j < count ? values.row(sequence, first + j, head) : nullptr;
+    const std::byte* odd = j + 1 < count ? values.row(sequence, first + j + 1, head) : nullptr;
+    for (std::int64_t e = 0; e < value_dim; e += 32) {
+      const auto mask = value_dim - e >= 32 ? ~__mmask32{0} : (__mmask32{1} << (value_dim - e)) - 1;
+      const __m512i a = even != nullptr ? _mm512_maskz_loadu_epi16(mask, even + e * 2) : _mm512_setzero_si512();
+      const __m512i b = odd != nullptr ? _mm512_maskz_loadu_epi16(mask, odd + e * 2) : _mm512_setzero_si512();
+      special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
+                 _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+      _mm512_storeu_si512(to + 2 * e, _mm512_permutex2var_epi16(a, low, b));
+      if (value_dim - e > 16) _mm512_storeu_si512(to + 2 * e + 32, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+  return special == 0;
+}
+
+/// 2^x to within 3e-6 of it, far below a rounding to bf16; 0 of -inf, NaN of NaN.
+inline HWY_ATTR __m512 exp2_lanes(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, 0);  // x less its nearest integer
+  // 2^r, |r| <= 1/2: degree 4, fitted to the least largest relative error.
+  __m512 p = _mm512_set1_ps(9.5828532e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5906406e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4024099e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9312419e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
+}
+
+/// The high halves of two vectors after rounding, as bf16, ties away from zero: for probabilities, which are never so large
+/// that the rounding could overflow. NaN may lose its meaning: the row's sum keeps it.
+inline HWY_ATTR __m512i round_to_bf16(__m512 first, __m512 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                       21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(first), half), odd,
+                                   _mm512_add_epi32(_mm512_castps_si512(second), half));
+}
+
+/// As ChunkAttention.
+class Bf16ChunkAttention {
+ public:
+  HWY_ATTR Bf16ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+      : input_(input),
+        sequence_(core::get_sequence(input.batch, chunk.sequence)),
+        begin_(chunk.begin),
+        count_(chunk.end - chunk.begin),
+        kv_head_(kv_head),
+        inner_(padded_inner(input.shape.head_dim)),
+        key_stride_(padded_pair_stride(input.shape.block_size)),
+        value_stride_(padded_pair_stride(input.shape.value_dim)),
+        score_stride_(padded_stride(input.shape.block_size)),
+        product_stride_(padded_stride(input.shape.value_dim)),
+        probability_stride_(padded_inner(input.shape.block_size)),
+        key_rows_(input.k, input.batch),
+        value_rows_(input.v, input.batch),
+        queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.queries)),
+        sums_(scratch + input.layout.sums),
+        largest_(scratch + input.layout.largest),
+        totals_(scratch + input.layout.totals),
+        keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
+        values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
+        scores_(scratch + input.layout.scores),
+        products_(scratch + input.layout.products),
+        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)),
+        members_(reinterpret_cast<std::int32_t*>(scratch + input.layout.members)),
+        seen_(reinterpret_cast<std::int32_t*>(scratch + input.layout.seen)) {
+    const AttentionShape& shape = input.shape;
+    const std::int64_t rows = count_ * shape.group_size;
+    const auto row_bytes = static_cast<std::size_t>(shape.head_dim) * 2;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t offset = (first_row() + r / shape.group_size) * input.q.stride(0) +
+                                  (kv_head * shape.group_size + r % shape.group_size) * input.q.stride(1);
+      std::uint16_t* to = queries_ + r * inner_;
+      std::memcpy(to, input.q.data + offset * 2, row_bytes);
+      std::fill(to + shape.head_dim, to + inner_, std::uint16_t{0});
+    }
+    std::fill(sums_, sums_ + rows * shape.value_dim, 0.0f);
+    std::fill(largest_, largest_ + rows, kNegativeInfinity);
+    std::fill(totals_, totals_ + rows, 0.0f);
+    std::fill(seen_, seen_ + count_, 0);
+  }
+
+  std::int64_t count() const { return count_; }
+  std::int64_t first_row() const { return sequence_.query_begin + begin_; }
+  std::int64_t position_of(std::int64_t i) const { return core::query_position(input_.batch, sequence_, begin_ + i); }
+  std::int32_t* members() { return members_; }
+
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
+    if (n == 0) return;
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t block_begin = block * shape.block_size;
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
+    pack_keys(key_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_, key_stride_);
+    const bool finite = pack_values(value_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
+                                    values_, value_stride_);
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    const std::int64_t rows = n * shape.group_size;
+    if (finite || position_of(members_[0]) + 1 - block_begin >= block_keys) {
+      for (std::int64_t r = 0; r < rows; r += kBf16Rows) {
+        add_block_to_rows(block_begin, block_keys, r, std::min(kBf16Rows, rows - r));
+      }
+      return;
+    }
+    // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first, and
+    // what the next one does not see is cleared.
+    std::int64_t kept = block_keys;
+    for (std::int64_t m = n - 1; m >= 0; --m) {
+      const std::int64_t visible = std::min(block_keys, position_of(members_[m]) + 1 - block_begin);
+      for (; kept > visible; --kept) clear_value(kept - 1);
+      for (std::int64_t h = 0; h < shape.group_size; h += kBf16Rows) {
+        add_block_to_rows(block_begin, block_keys, m * shape.group_size + h, std::min(kBf16Rows, shape.group_size - h));
+      }
+    }
+  }
+
+  HWY_ATTR void write() {
+    const AttentionShape& shape = input_.shape;
+    auto* lse = reinterpret_cast<float*>(input_.lse.data);
+    for (std::int64_t r = 0; r < count_ * shape.group_size; ++r) {
+      const std::int64_t row = first_row() + r / shape.group_size;
+      const std::int64_t head = kv_head_ * shape.group_size + r % shape.group_size;
+      float* sum = sums_ + r * shape.value_dim;
+      float row_lse = kNegativeInfinity;
+      if (seen_[r / shape.group_size] != 0) {  // else no block: out 0, lse -inf
+        const float total = totals_[r];
+        const __m512 divisor = _mm512_set1_ps(total);
+        for (std::int64_t e = 0; e < shape.value_dim; e += 16) {
+          _mm512_storeu_ps(sum + e, _mm512_div_ps(_mm512_loadu_ps(sum + e), divisor));
+        }
+        // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
+        row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
+                             : static_cast<float>((largest_[r] + std::log2(static_cast<double>(total))) * kLn2);
+      }
+      store_row(sum, shape.value_dim, input_.out.dtype,
+                input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * 2);
+      lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+    }
+  }
+
+ private:
+  static constexpr double kLn2 = 0.6931471805599453;
+
+  void clear_value(std::int64_t key) {
+    std::uint16_t* pair = values_ + key / 2 * value_stride_ + key % 2;
+    for (std::int64_t e = 0; e < input_.shape.value_dim; ++e) pair[2 * e] = 0;
+  }
+
+  // Largest of row[0, count) * factor, NaN left out; the row is at least one vector long.
+  static HWY_ATTR float largest_product(const float* HWY_RESTRICT row, std::int64_t count, float factor) {
+    const __m512 f = _mm512_set1_ps(factor);
+    // max(x, best) gives `best` where x is NaN.
+    __m512 best = _mm512_set1_ps(kNegativeInfinity);
+    __m512 second = best;
+    std::int64_t j = 0;
+    for (; j + 32 <= count; j += 32) {
+      best = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(row + j), f), best);
+      second = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(row + j + 16), f), second);
+    }
+    for (; j < count; j += 16) {
+      const auto mask = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1);
+      best = _mm512_mask_max_ps(best, mask, _mm512_mul_ps(_mm512_loadu_ps(row + j), f), best);
+    }
+    return _mm512_reduce_max_ps(_mm512_max_ps(second, best));
+  }
+
+  // out[0, count) = 2^(row * factor - shift) as bf16, zeros behind up to `padded`; returns the sum before the rounding.
+  static HWY_ATTR float probabilities_and_sum(const float* HWY_RESTRICT row, std::int64_t count, std::int64_t padded,
+                                              float factor, float shift, std::uint16_t* HWY_RESTRICT out) {
+    const __m512 f = _mm512_set1_ps(factor);
+    const __m512 s = _mm512_set1_ps(shift);
+    __m512 sum = _mm512_setzero_ps();
+    __m512 second_sum = sum;
+    std::int64_t j = 0;
+    for (; j + 32 <= count; j += 32) {
+      const __m512 first = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), f, s));
+      const __m512 second = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j + 16), f, s));
+      sum = _mm512_add_ps(sum, first);
+      second_sum = _mm512_add_ps(second_sum, second);
+      _mm512_storeu_si512(out + j, round_to_bf16(first, second));
+    }
+    if (j < count) {
+      const std::uint32_t left = (std::uint32_t{1} << (count - j)) - 1;  // fewer than 32
+      const __m512 first = _mm512_maskz_mov_ps(static_cast<__mmask16>(left),
+                                               exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), f, s)));
+      const auto high = static_cast<__mmask16>(left >> 16);
+      const __m512 tail = high != 0 ? _mm512_loadu_ps(row + j + 16) : _mm512_setzero_ps();
+      const __m512 second = _mm512_maskz_mov_ps(high, exp2_lanes(_mm512_fmsub_ps(tail, f, s)));
+      sum = _mm512_add_ps(sum, first);
+      second_sum = _mm512_add_ps(second_sum, second);
+      _mm512_storeu_si512(out + j, round_to_bf16(first, second));
+      j += 32;
+    }
+    for (; j < padded; j += 32) _mm512_storeu_si512(out + j, _mm512_setzero_si512());
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum, second_sum));
+  }
+
+  // Rows [first, first + rows) of the members' rows.
+  HWY_ATTR void add_block_to_rows(std::int64_t block_begin, std::int64_t block_keys, std::int64_t first,
+                                  std::int64_t rows) {
+    const AttentionShape& shape = input_.shape;
+    const std::uint16_t* row_queries[kBf16Rows];
+    const std::uint16_t* row_probabilities[kBf16Rows];
+    std::int64_t row_index[kBf16Rows];
+    std::int64_t row_visible[kBf16Rows];
+    float row_factor[kBf16Rows];
+    std::int64_t member = first / shape.group_size;
+    std::int64_t head = first % shape.group_size;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t i = members_[member];
+      row_index[r] = i * shape.group_size + head;
+      row_queries[r] = queries_ + row_index[r] * inner_;
+      row_probabilities[r] = probabilities_ + r * probability_stride_;
+      row_visible[r] = std::min(block_keys, position_of(i) + 1 - block_begin);
+      if (++head == shape.group_size) {
+        head = 0;
+        ++member;
+      }
+    }
+    Bf16Product product;
+    product.rows = rows;
+    product.cols = padded_columns(block_keys);
+    product.inner = inner_;
+    product.a = row_queries;
+    product.b = keys_;
+    product.b_stride = key_stride_;
+    product.c = scores_;
+    product.c_stride = score_stride_;
+    input_.multiply_bf16(product);
+
+    const float factor = input_.scale * static_cast<float>(1 / kLn2);  // powers of two from here on
+    const std::int64_t padded_keys = padded_inner(block_keys);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const float* row = scores_ + r * score_stride_;
+      float& largest = largest_[row_index[r]];
+      float& total = totals_[row_index[r]];
+      const float before = largest;
+      largest = std::max(before, largest_product(row, row_visible[r], factor));
+      const float shift = softmax_shift(largest);
+      row_factor[r] = 1;
+      if (largest != before) {  // what was summed so far was relative to the old maximum
+        row_factor[r] = _mm512_cvtss_f32(exp2_lanes(_mm512_set1_ps(before - shift)));
+        total *= row_factor[r];
+      }
+      total += probabilities_and_sum(row, row_visible[r], padded_keys, factor, shift,
+                                     probabilities_ + r * probability_stride_);
+    }
+
+    product.cols = shape.value_dim;
+    product.inner = padded_keys;
+    product.a = row_probabilities;
+    product.b = values_;
+    product.b_stride = value_stride_;
+    product.c = products_;
+    product.c_stride = product_stride_;
+    input_.multiply_bf16(product);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const float* HWY_RESTRICT from = products_ + r * product_stride_;
+      float* HWY_RESTRICT sum = sums_ + row_index[r] * shape.value_dim;
+      const __m512 f = _mm512_set1_ps(row_factor[r]);
+      for (std::int64_t e = 0; e < shape.value_dim; e += 16) {
+        _mm512_storeu_ps(sum + e, _mm512_fmadd_ps(_mm512_loadu_ps(sum + e), f, _mm512_loadu_ps(from + e)));
+      }
+    }
+  }
+
+  const AttentionInput& input_;
+  core::Sequence sequence_;
+  std::int64_t begin_;
+  std::int64_t count_;
+  std::int64_t kv_head_;
+  std::int64_t inner_;
+  std::int64_t key_stride_;
+  std::int64_t value_stride_;
+  std::int64_t score_stride_;
+  std::int64_t product_stride_;
+  std::int64_t probability_stride_;
+  core::KeyRows key_rows_;
+  core::KeyRows value_rows_;
+  std::uint16_t* queries_;
+  float* sums_;
+  float* largest_;
+  float* totals_;
+  std::uint16_t* keys_;
+  std::uint16_t* values_;
+  float* scores_;
+  float* products_;
+  std::uint16_t* probabilities_;
+  std::int32_t* members_;
+  std::int32_t* seen_;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace msa::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // HWY_TARGET == HWY_AVX3
+
+#endif  // MSA_CPU_ATTENTION_BF16_INL_H_
