@@ -45,6 +45,7 @@ inline Bf16Kernel active_bf16_kernel() {
       return multiply_bf16_amx;
     case DotProducts::kAvx512:
       return multiply_bf16_avx512;
+    case DotProducts::kVnni:
     case DotProducts::kNone:
       break;
   }

@@ -31,13 +31,18 @@ DotProducts detect() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return DotProducts::kNone;
   const bool has_vnni = (ecx >> 11 & 1) != 0;
   const bool has_tiles = (edx >> 22 & 1) != 0 && (edx >> 24 & 1) != 0 && (edx >> 25 & 1) != 0;  // bf16, tile, int8
-  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return DotProducts::kNone;
-  const bool has_bf16 = (eax >> 5 & 1) != 0;
-  if (!has_vnni || !has_bf16) return DotProducts::kNone;
+  if (!has_vnni) return DotProducts::kNone;
+  const bool has_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+  if (!has_bf16) return DotProducts::kVnni;
   return has_tiles && may_use_amx_tiles() ? DotProducts::kAmx : DotProducts::kAvx512;
+}
+bool is_amd() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_AMD_ebx;
 }
 #else
 DotProducts detect() { return DotProducts::kNone; }
+bool is_amd() { return false; }
 #endif
 
 }  // namespace
@@ -46,5 +51,7 @@ DotProducts detect_dot_products() {
   static const DotProducts detected = detect();
   return detected;
 }
+
+bool bf16_dots_are_fast() { return is_amd(); }
 
 }  // namespace msa::cpu

@@ -51,7 +51,12 @@ const std::vector<InstructionSet>& usable_sets() {
       if (target == HWY_AVX3) {
         const DotProducts dots = detect_dot_products();
         if (dots == DotProducts::kAmx) found.push_back({"amx", target, DotProducts::kAmx});
-        if (dots != DotProducts::kNone) found.push_back({"avx512_bf16", target, DotProducts::kAvx512});
+        const auto place = found.end() - found.begin();
+        if (dots != DotProducts::kNone) found.push_back({"avx512_vnni", target, DotProducts::kVnni});
+        if (dots >= DotProducts::kAvx512) {
+          found.insert(bf16_dots_are_fast() ? found.begin() + place : found.end(),
+                       {"avx512_bf16", target, DotProducts::kAvx512});
+        }
       }
 #endif
       found.push_back({name_of(target), target, DotProducts::kNone});
