@@ -29,17 +29,17 @@ class LayoutCursor {
 };
 
 // Starts at `chunk` and halves it until there are tasks enough for the threads to finish together (but not below
-// `least`, where loading a block would cost more than using it), and until the memory fits beside `shared_bytes`.
+// `least`, where loading a block would cost more than using it), and until the memory fits beside `shared_bytes`. With four
+// tasks a thread, the last one to end costs at most a quarter of a thread's share.
 template <class Bytes>
 ChunkPlan plan_chunks(const std::string& op, const QueryCounts& queries, std::int64_t heads, std::int64_t chunk,
                       std::int64_t least, int threads, std::size_t workspace_limit, const Bytes& bytes_of_chunk,
-                      std::size_t shared_bytes = 0) {
-  constexpr std::int64_t kTasksPerThread = 4;  // the last task to end then costs at most a quarter of a thread's share
+                      std::size_t shared_bytes = 0, std::int64_t tasks_per_thread = 4) {
   ChunkPlan plan;
   plan.chunk = std::clamp<std::int64_t>(chunk, 1, std::max<std::int64_t>(queries.longest, 1));
   const auto tasks = [&] { return (queries.total + plan.chunk - 1) / plan.chunk * heads; };
   const auto halve = [&] { plan.chunk = (plan.chunk + 1) / 2; };
-  while (threads > 1 && plan.chunk > least && tasks() < kTasksPerThread * threads) halve();
+  while (threads > 1 && plan.chunk > least && tasks() < tasks_per_thread * threads) halve();
   plan.workers = static_cast<int>(std::clamp<std::int64_t>(tasks(), 1, threads));
   plan.worker_bytes = bytes_of_chunk(plan.chunk);
   while (workspace_limit != 0 && shared_bytes + plan.bytes() > workspace_limit) {
