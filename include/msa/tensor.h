@@ -12,11 +12,17 @@
 
 namespace msa {
 
-enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt32 };
+enum class DType : std::uint8_t {
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt32,
+  kFloat8E4M3,  ///< OCP E4M3 without infinities: up to 448, steps of a 16th; storage of keys and values in inference
+};
 
 /// Bytes of one element.
 std::size_t dtype_size(DType dtype);
-/// "float32", "bfloat16", "float16", "int32".
+/// "float32", "bfloat16", "float16", "int32", "float8_e4m3".
 const char* dtype_name(DType dtype);
 
 inline constexpr int kMaxRank = 4;

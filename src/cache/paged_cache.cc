@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "msa/error.h"
+#include "src/core/float_convert.h"
 
 namespace msa::cache {
 namespace {
@@ -26,7 +27,7 @@ void check_shape(const CacheShape& shape) {
     throw Error("cache shape: page_size is " + std::to_string(shape.page_size) + "; it must be at least 1");
   }
   if (shape.dtype == DType::kInt32 || shape.index_dtype == DType::kInt32) {
-    throw Error("cache shape: dtype int32; keys and values are float32, bfloat16 or float16");
+    throw Error("cache shape: dtype int32; keys and values are float32, bfloat16, float16 or float8_e4m3");
   }
   for (std::size_t i = 0; i < shape.layers.size(); ++i) {
     const LayerShape& layer = shape.layers[i];
@@ -52,7 +53,8 @@ RowBytes row_bytes(const CacheShape& shape, const LayerShape& layer) {
 }
 
 void check_rows(const char* name, const ConstTensorView& view, DType dtype, std::initializer_list<std::int64_t> shape) {
-  bool good = view.dtype == dtype && view.rank == static_cast<int>(shape.size()) &&
+  const bool rounds = dtype == DType::kFloat8E4M3 && view.dtype != DType::kInt32;
+  bool good = (view.dtype == dtype || rounds) && view.rank == static_cast<int>(shape.size()) &&
               std::equal(shape.begin(), shape.end(), view.shape.begin());
   // Rows are copied whole, so everything behind the first dimension must be contiguous.
   std::int64_t stride = 1;
@@ -218,9 +220,9 @@ void PagedCache::write(std::int64_t layer, SequenceId sequence, std::int64_t pos
     }
   }
   Layer& stores = layers_[static_cast<std::size_t>(layer)];
-  write_rows(stores.k, target, position, k);
-  write_rows(stores.v, target, position, v);
-  if (dims.index_dim > 0) write_rows(stores.k_idx, target, position, k_idx);
+  write_rows(stores.k, shape_.dtype, target, position, k);
+  write_rows(stores.v, shape_.dtype, target, position, v);
+  if (dims.index_dim > 0) write_rows(stores.k_idx, shape_.index_dtype, target, position, k_idx);
 }
 
 ConstTensorView PagedCache::keys(std::int64_t layer) const {
@@ -294,10 +296,11 @@ void PagedCache::release(std::int32_t page) {
   if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
 }
 
-void PagedCache::write_rows(Store& store, const Sequence& sequence, std::int64_t position,
+void PagedCache::write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position,
                             const ConstTensorView& rows) {
   const std::int64_t stride_bytes = rows.stride(0) * static_cast<std::int64_t>(dtype_size(rows.dtype));
-  const bool contiguous = stride_bytes == static_cast<std::int64_t>(store.row_bytes);
+  const bool rounds = rows.dtype != dtype;
+  const bool contiguous = !rounds && stride_bytes == static_cast<std::int64_t>(store.row_bytes);
   const std::byte* source = rows.data;
   for (std::int64_t done = 0; done < rows.size(0);) {
     const std::int64_t offset = (position + done) % shape_.page_size;
@@ -307,6 +310,15 @@ void PagedCache::write_rows(Store& store, const Sequence& sequence, std::int64_t
         store.data.data() + static_cast<std::size_t>(page * shape_.page_size + offset) * store.row_bytes;
     if (contiguous) {
       std::memcpy(target, source + done * stride_bytes, static_cast<std::size_t>(run) * store.row_bytes);
+    } else if (rounds) {
+      const std::size_t row_elements = store.row_bytes / dtype_size(dtype);
+      for (std::int64_t i = 0; i < run; ++i) {
+        for (std::size_t e = 0; e < row_elements; ++e) {
+          const auto element = static_cast<std::int64_t>(e);
+          core::store_element(target + static_cast<std::size_t>(i) * store.row_bytes, dtype, element,
+                              core::load_element(source + (done + i) * stride_bytes, rows.dtype, element));
+        }
+      }
     } else {
       for (std::int64_t i = 0; i < run; ++i) {
         std::memcpy(target + static_cast<std::size_t>(i) * store.row_bytes, source + (done + i) * stride_bytes,

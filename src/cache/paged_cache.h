@@ -26,8 +26,8 @@ struct LayerShape {
 
 struct CacheShape {
   std::int64_t page_size = 128;         ///< tokens a page; a multiple of every layer's block size
-  DType dtype = DType::kFloat32;        ///< of keys and values
-  DType index_dtype = DType::kFloat32;  ///< of index keys
+  DType dtype = DType::kFloat32;        ///< of keys and values; float8_e4m3 takes half of bf16's memory
+  DType index_dtype = DType::kFloat32;  ///< of index keys; float8_e4m3 too
   std::vector<LayerShape> layers;
 
   /// Bytes one token takes over all layers. Throws msa::Error on dimensions below 0 (or, other than index_dim, 0), on a
@@ -92,8 +92,8 @@ class PagedCache {
   void crop(SequenceId sequence, std::int64_t length);
 
   /// Writes rows [position, position + n) of one layer: k [n, kv_heads, head_dim], v [n, kv_heads, value_dim] in the
-  /// cache's dtype, k_idx [n, index_dim] in its index dtype (empty for a layer without an index branch). Throws
-  /// msa::Error on another shape or dtype, and on rows that were not appended or that another sequence shares.
+  /// cache's dtype, k_idx [n, index_dim] in its index dtype (empty for a layer without an index branch). A float8 cache
+  /// takes rows of any float type and rounds them, what is beyond 448 to 448. Throws msa::Error on another shape or dtype, and on rows that were not appended or that another sequence shares.
   void write(std::int64_t layer, SequenceId sequence, std::int64_t position, const ConstTensorView& k,
              const ConstTensorView& v, const ConstTensorView& k_idx);
 
@@ -127,7 +127,7 @@ class PagedCache {
   const LayerShape& layer_shape(std::int64_t layer) const;
   void copy_rows(std::int32_t from_page, std::int32_t to_page, std::int64_t rows);
   void release(std::int32_t page);
-  void write_rows(Store& store, const Sequence& sequence, std::int64_t position, const ConstTensorView& rows);
+  void write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position, const ConstTensorView& rows);
 
   CacheShape shape_;
   std::int64_t max_pages_ = 0;

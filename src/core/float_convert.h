@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scalar conversions between float and the 16-bit storage types, round to nearest even, subnormals and NaN kept. The
+// Scalar conversions between float and the narrow storage types, round to nearest even, subnormals and NaN kept. The
 // vector kernels have their own; tests hold the two together. Tested in tests/unit/tensor_test.cc.
 #pragma once
 
@@ -46,8 +46,32 @@ inline std::uint16_t float_to_f16(float value) {
   return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+/// Exponents biased by 7, three bits of mantissa, no infinities; 0x7f is NaN.
+inline float f8_to_float(std::uint8_t bits) {
+  const unsigned magnitude = bits & 0x7fu;
+  if (magnitude == 0x7fu) return std::bit_cast<float>(static_cast<std::uint32_t>(bits & 0x80u) << 24 | 0x7fc00000u);
+  // As f16, whose exponents are biased by 15, it would be 2^8 times smaller.
+  return f16_to_float(static_cast<std::uint16_t>((bits & 0x80u) << 8 | magnitude << 7)) * 256.0f;
+}
+
+/// What is larger than 448 becomes 448, infinities too: a cache must not turn a large key into NaN.
+inline std::uint8_t float_to_f8(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const auto sign = static_cast<std::uint8_t>((bits >> 24) & 0x80u);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint8_t>(sign | 0x7fu);
+  if (magnitude >= 0x43e00000u) return static_cast<std::uint8_t>(sign | 0x7eu);  // 448 and above
+  if (magnitude < 0x3c800000u) {  // below 2^-6: subnormal; adding 2^14 aligns the last place to 2^-9
+    const float aligned = std::bit_cast<float>(magnitude) + 16384.0f;
+    return static_cast<std::uint8_t>(sign | (std::bit_cast<std::uint32_t>(aligned) - 0x46800000u));
+  }
+  const std::uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+  return static_cast<std::uint8_t>(sign | ((rounded - 0x3c000000u) >> 20));
+}
+
 /// Element `index` (in elements) of a buffer of floating type.
 inline float load_element(const std::byte* data, DType dtype, std::int64_t index) {
+  if (dtype == DType::kFloat8E4M3) return f8_to_float(static_cast<std::uint8_t>(data[index]));
   if (dtype == DType::kFloat32) {
     float value = 0;
     std::memcpy(&value, data + index * 4, 4);
@@ -59,6 +83,10 @@ inline float load_element(const std::byte* data, DType dtype, std::int64_t index
 }
 
 inline void store_element(std::byte* data, DType dtype, std::int64_t index, float value) {
+  if (dtype == DType::kFloat8E4M3) {
+    data[index] = static_cast<std::byte>(float_to_f8(value));
+    return;
+  }
   if (dtype == DType::kFloat32) {
     std::memcpy(data + index * 4, &value, 4);
     return;

@@ -40,6 +40,8 @@ std::size_t dtype_size(DType dtype) {
     case DType::kBFloat16:
     case DType::kFloat16:
       return 2;
+    case DType::kFloat8E4M3:
+      return 1;
   }
   return 0;
 }
@@ -54,6 +56,8 @@ const char* dtype_name(DType dtype) {
       return "float16";
     case DType::kInt32:
       return "int32";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3";
   }
   return "unknown";
 }

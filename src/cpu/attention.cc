@@ -19,8 +19,11 @@ void plan_input(const std::string& op, const Context& context, std::int64_t bloc
   shape.value_dim = input.v.size(input.v.rank - 1);
   shape.block_size = block_size;
   shape.topk = input.blocks.empty() ? 0 : input.blocks.size(2);
-  if (input.q.dtype == DType::kBFloat16 && input.k.dtype == DType::kBFloat16 && input.v.dtype == DType::kBFloat16 &&
-      input.out.dtype == DType::kBFloat16) {
+  // Every float8 number is a bf16 number.
+  const auto fits = [](const ConstTensorView& keys) {
+    return keys.dtype == DType::kBFloat16 || keys.dtype == DType::kFloat8E4M3;
+  };
+  if (input.q.dtype == DType::kBFloat16 && input.out.dtype == DType::kBFloat16 && fits(input.k) && fits(input.v)) {
     input.multiply_bf16 = active_bf16_kernel();
     input.needs_amx_tiles = active_dot_products() == DotProducts::kAmx;
     shape.has_bf16_dots = input.multiply_bf16 != nullptr;

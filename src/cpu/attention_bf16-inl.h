@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention-inl.h for bf16 tensors on machines with bf16 dot products: the same chunk, the same visiting of blocks in
+// attention-inl.h for bf16 queries and bf16 or float8 keys and values on machines with bf16 dot products: the same chunk, the same visiting of blocks in
 // ascending order, with both products in bf16 and everything between them in float. Probabilities are rounded to bf16 before
 // they meet the values, after their sum was taken. Uses AVX-512 directly: only that set has such products. Tested in
 // tests/unit/sparse_attention_test.cc and dense_attention_test.cc.
@@ -60,30 +60,50 @@ inline HWY_ATTR void transpose_words(__m512i* HWY_RESTRICT r, std::uint32_t* HWY
   }
 }
 
+/// Elements [first, first + 32) of a row as bf16, those that `mask` leaves out as 0.
+inline HWY_ATTR __m512i load_as_bf16(const std::byte* row, DType dtype, std::int64_t first, __mmask32 mask) {
+  if (dtype == DType::kBFloat16) return _mm512_maskz_loadu_epi16(mask, row + 2 * first);
+  // float8: subnormals from a table of eight, the others by moving the exponent; as core::f8_to_float.
+  const __m512i bits = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row + first));
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7f));
+  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(bits, _mm512_set1_epi16(0x80)), 8);
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  const __m512i steps = _mm512_castsi128_si512(  // k * 2^-9
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __mmask32 is_subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+  const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+  __m512i value = _mm512_mask_permutexvar_epi16(normal, is_subnormal, magnitude, steps);
+  value = _mm512_mask_mov_epi16(value, is_nan, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(value, sign);
+}
+
+inline HWY_ATTR __mmask32 first_of_32(std::int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
 /// Keys as `multiply_bf16` reads b: pair d / 2 of key first + j at out[d / 2 * out_stride + 2 * j]; zeros behind the last key
 /// up to a multiple of 16 and behind the last dimension up to padded_inner.
-inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head, std::int64_t first,
+inline HWY_ATTR void pack_keys(const core::KeyRows& keys, DType dtype, std::int64_t sequence, std::int64_t head, std::int64_t first,
                                std::int64_t count, std::int64_t head_dim, std::uint16_t* out, std::int64_t out_stride) {
   auto* words = reinterpret_cast<std::uint32_t*>(out);
-  const std::int64_t dim_words = head_dim / 2;
   for (std::int64_t j = 0; j < count; j += 16) {
     const std::byte* row[16];
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
-    for (std::int64_t d = 0; d < dim_words; d += 16) {
-      const auto mask = static_cast<__mmask16>(dim_words - d >= 16 ? 0xffff : (1 << (dim_words - d)) - 1);
+    for (std::int64_t d = 0; d < head_dim; d += 32) {
+      const __mmask32 mask = first_of_32(head_dim - d);
       __m512i r[16];
       for (std::int64_t i = 0; i < 16; ++i) {
-        r[i] = i < here ? _mm512_maskz_loadu_epi32(mask, row[i] + d * 4) : _mm512_setzero_si512();
+        r[i] = i < here ? load_as_bf16(row[i], dtype, d, mask) : _mm512_setzero_si512();
       }
-      transpose_words(r, words + d * (out_stride / 2) + j, out_stride / 2);
+      transpose_words(r, words + d / 2 * (out_stride / 2) + j, out_stride / 2);
     }
   }
 }
 
 /// Values as `multiply_bf16` reads b: element e of key first + j at out[j / 2 * out_stride + 2 * e + j % 2]; zeros behind the
 /// last key up to padded_inner. Returns whether all of them are finite.
-inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
+inline HWY_ATTR bool pack_values(const core::KeyRows& values, DType dtype, std::int64_t sequence, std::int64_t head,
                                  std::int64_t first, std::int64_t count, std::int64_t value_dim, std::uint16_t* out,
                                  std::int64_t out_stride) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
@@ -96,9 +116,9 @@ inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t seque
     const std::byte* even = j < count ? values.row(sequence, first + j, head) : nullptr;
     const std::byte* odd = j + 1 < count ? values.row(sequence, first + j + 1, head) : nullptr;
     for (std::int64_t e = 0; e < value_dim; e += 32) {
-      const auto mask = value_dim - e >= 32 ? ~__mmask32{0} : (__mmask32{1} << (value_dim - e)) - 1;
-      const __m512i a = even != nullptr ? _mm512_maskz_loadu_epi16(mask, even + e * 2) : _mm512_setzero_si512();
-      const __m512i b = odd != nullptr ? _mm512_maskz_loadu_epi16(mask, odd + e * 2) : _mm512_setzero_si512();
+      const __mmask32 mask = first_of_32(value_dim - e);
+      const __m512i a = even != nullptr ? load_as_bf16(even, dtype, e, mask) : _mm512_setzero_si512();
+      const __m512i b = odd != nullptr ? load_as_bf16(odd, dtype, e, mask) : _mm512_setzero_si512();
       special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
                  _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
       _mm512_storeu_si512(to + 2 * e, _mm512_permutex2var_epi16(a, low, b));
@@ -185,9 +205,10 @@ class Bf16ChunkAttention {
     const std::int64_t block_begin = block * shape.block_size;
     // Nothing behind the last member's position is read: it need not even hold a key.
     const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    pack_keys(key_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_, key_stride_);
-    const bool finite = pack_values(value_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
-                                    values_, value_stride_);
+    pack_keys(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_,
+              key_stride_);
+    const bool finite = pack_values(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys,
+                                    shape.value_dim, values_, value_stride_);
     for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
     const std::int64_t rows = n * shape.group_size;
     if (finite || position_of(members_[0]) + 1 - block_begin >= block_keys) {

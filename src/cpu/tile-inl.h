@@ -49,6 +49,23 @@ inline HWY_ATTR FloatVec f16_to_float(hn::Vec<hn::RebindToUnsigned<FloatTag>> bi
 }
 #endif
 
+// As core::f8_to_float. Subnormals are counted in steps of 2^-9, the others get float's exponent; integer code and one
+// conversion, because multiplications with subnormals are slow.
+inline HWY_ATTR FloatVec f8_to_float(hn::Vec<hn::RebindToUnsigned<FloatTag>> bits) {
+  const FloatTag df;
+  const hn::RebindToUnsigned<FloatTag> du;
+  const hn::RebindToSigned<FloatTag> di;
+  const auto sign = hn::ShiftLeft<24>(hn::And(bits, hn::Set(du, 0x80u)));
+  const auto magnitude = hn::And(bits, hn::Set(du, 0x7fu));
+  const auto normal = hn::BitCast(df, hn::Add(hn::ShiftLeft<20>(magnitude), hn::Set(du, 120u << 23)));
+  const auto subnormal = hn::Mul(hn::ConvertTo(df, hn::BitCast(di, magnitude)), hn::Set(df, 0x1p-9f));
+  const auto is_normal = hn::RebindMask(df, hn::Gt(hn::BitCast(di, magnitude), hn::Set(di, 7)));
+  const auto is_nan = hn::RebindMask(df, hn::Eq(magnitude, hn::Set(du, 0x7fu)));
+  auto value = hn::IfThenElse(is_normal, normal, subnormal);
+  value = hn::IfThenElse(is_nan, hn::BitCast(df, hn::Set(du, 0x7fc00000u)), value);
+  return hn::Or(value, hn::BitCast(df, sign));
+}
+
 /// out[0, count) = the row's elements as float. count is a multiple of 16 for every dimension the library accepts.
 inline HWY_ATTR void load_row(const std::byte* row, DType dtype, std::int64_t count, float* HWY_RESTRICT out) {
   if (dtype == DType::kFloat32) {
@@ -61,7 +78,11 @@ inline HWY_ATTR void load_row(const std::byte* row, DType dtype, std::int64_t co
   const auto* bits = reinterpret_cast<const std::uint16_t*>(row);
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   std::int64_t i = 0;
-  if (dtype == DType::kBFloat16) {
+  if (dtype == DType::kFloat8E4M3) {
+    const hn::Rebind<std::uint8_t, FloatTag> d8;
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(row);
+    for (; i + lanes <= count; i += lanes) hn::StoreU(f8_to_float(hn::PromoteTo(du, hn::LoadU(d8, bytes + i))), df, out + i);
+  } else if (dtype == DType::kBFloat16) {
     for (; i + lanes <= count; i += lanes) {
       const auto wide = hn::PromoteTo(du, hn::LoadU(d16, bits + i));
       hn::StoreU(hn::BitCast(df, hn::ShiftLeft<16>(wide)), df, out + i);

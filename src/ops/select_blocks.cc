@@ -30,7 +30,7 @@ void select_blocks(const Context& context, const SelectBlocksParams& params, con
   if (params.q_idx.size(1) < 1) check.fail("q_idx", describe(params.q_idx) + " must have at least one head");
   check.check_head_dim("q_idx", params.q_idx, 2);
   check.check_keys("k_idx", params.k_idx, params.batch, false);
-  check.check_same_dtype("k_idx", params.k_idx, "q_idx", params.q_idx);
+  check.check_key_dtype("k_idx", params.k_idx, "q_idx", params.q_idx);
   check.check_size("k_idx", params.k_idx, params.k_idx.rank - 1, params.q_idx.size(2), "index_dim of q_idx");
   check.check_batch(params.batch, params.q_idx.size(0), "k_idx", params.k_idx, params.block_size);
   check_output(check, blocks, params.q_idx.size(1), params.q_idx.size(0), params.topk);

@@ -14,7 +14,7 @@ namespace {
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 
-bool is_float(DType dtype) { return dtype != DType::kInt32; }
+bool is_float(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kFloat8E4M3; }
 
 }  // namespace
 
@@ -47,6 +47,14 @@ void Validator::check_same_dtype(const char* name, const ConstTensorView& view, 
                                  const ConstTensorView& other) const {
   if (view.dtype != other.dtype) {
     fail(name, describe(view) + " must have the dtype of " + other_name + ", " + dtype_name(other.dtype));
+  }
+}
+
+void Validator::check_key_dtype(const char* name, const ConstTensorView& keys, const char* other_name,
+                                const ConstTensorView& other) const {
+  if (keys.dtype != DType::kFloat8E4M3 && keys.dtype != other.dtype) {
+    fail(name, describe(keys) + " must have the dtype of " + other_name + ", " + dtype_name(other.dtype) +
+                   ", or float8_e4m3");
   }
 }
 
@@ -98,7 +106,6 @@ void Validator::check_scale(const char* name, const std::optional<double>& scale
 void Validator::check_keys(const char* name, const ConstTensorView& keys, const Batch& batch, bool has_heads) const {
   const int rank = (has_heads ? 3 : 2) + (batch.is_paged ? 1 : 0);
   check_layout(name, keys, rank);
-  check_float(name, keys);
   check_head_dim(name, keys, rank - 1);
 }
 

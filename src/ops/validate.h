@@ -24,6 +24,9 @@ class Validator {
   void check_layout(const char* name, const ConstTensorView& view, int rank) const;
   void check_float(const char* name, const ConstTensorView& view) const;
   void check_dtype(const char* name, const ConstTensorView& view, DType dtype) const;
+  /// Keys and values of a forward pass: the dtype of the queries, or float8_e4m3.
+  void check_key_dtype(const char* name, const ConstTensorView& keys, const char* other_name,
+                       const ConstTensorView& other) const;
   void check_same_dtype(const char* name, const ConstTensorView& view, const char* other_name,
                         const ConstTensorView& other) const;
   void check_size(const char* name, const ConstTensorView& view, int dim, std::int64_t expected,
