@@ -160,15 +160,12 @@ inline HWY_ATTR void transpose(const float* HWY_RESTRICT in, std::int64_t in_str
 
 // The register tile. Its sums must cover the latency of the multiply-adds (4 cycles x 2 a cycle = 8 chains on today's
 // cores) and, with a row of b and one broadcast, fit the registers: 6 x 2 sums + 2 + 1 = 15 of 16 (SSE4, AVX2),
-// 12 x 2 + 2 + 1 = 27 of 32 (AVX-512), 6 x 4 + 4 + 1 = 29 of 32 (NEON).
-#if HWY_TARGET == HWY_AVX3
-inline constexpr int kTileRows = 12;
-inline constexpr int kTileVecs = 2;
-#elif HWY_TARGET == HWY_NEON
+// 6 x 4 + 4 + 1 = 29 of 32 (AVX-512, NEON). Few rows, because each needs an address register of 16: 12 x 2 fits the
+// vectors, too, but keeps half its addresses on the stack.
 inline constexpr int kTileRows = 6;
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON
 inline constexpr int kTileVecs = 4;
 #else
-inline constexpr int kTileRows = 6;
 inline constexpr int kTileVecs = 2;
 #endif
 
@@ -260,6 +257,12 @@ HWY_ATTR void product_of_rows(std::int64_t rows, std::int64_t cols, std::int64_t
   std::int64_t j = 0;
   for (; j + kTileVecs * lanes <= cols; j += kTileVecs * lanes) {
     product_rows<kTileVecs>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);
+  }
+  if constexpr (kTileVecs == 4) {
+    if (j + 2 * lanes <= cols) {
+      product_rows<2>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);
+      j += 2 * lanes;
+    }
   }
   for (; j < cols; j += lanes) {
     product_rows<1>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);

@@ -14,7 +14,7 @@ inline std::int64_t padded_columns(std::int64_t count) { return (count + 15) / 1
 /// of the L1 cache instead of piling up in a few (a stride of 128 floats would use 8 sets of 64).
 inline std::int64_t padded_stride(std::int64_t cols) { return (padded_columns(cols) / 16 | 1) * 16; }
 
-/// Rows of a score tile: 16 register tiles of 6 rows, 8 of 12. With 128 keys 54 KiB, so that scores and the rows that made
+/// Rows of a score tile: 16 register tiles of 6 rows. With 128 keys 54 KiB, so that scores and the rows that made
 /// them stay in the L2 cache while the strips of keys pass through L1.
 inline constexpr std::int64_t kScoreRows = 96;
 
