@@ -81,14 +81,15 @@ def line_chart(title, series, x_label, y_label, marks=(), width=460, height=270)
     parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
     for x, label in marks:
         parts.append(f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{height - bottom}" stroke="{MUTED}" stroke-dasharray="3 3"/>')
-        parts.append(f'<text x="{px(x) + 4:.1f}" y="{top + 10}">{escape(label)}</text>')
+        parts.append(f'<text x="{px(x) + 4:.1f}" y="{height - bottom - 6}">{escape(label)}</text>')
     for index, (name, values) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in values)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if len(series) > 1:
-            parts.append(f'<rect x="{width - right - 120}" y="{top + 2 + 16 * index}" width="10" height="10" fill="{colour}"/>')
-            parts.append(f'<text x="{width - right - 105}" y="{top + 11 + 16 * index}">{escape(name)}</text>')
+        if len(series) > 1:  # the legend stands beside the title, where no curve runs
+            x = width - right - 105 * (len(series) - index)
+            parts.append(f'<rect x="{x}" y="7" width="10" height="10" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 15}" y="16">{escape(name)}</text>')
     parts.append(f"</svg><!-- {escape(y_label)} -->")
     return "".join(parts)
 
