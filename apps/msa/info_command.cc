@@ -65,7 +65,7 @@ void print_info(InfoOptions o) {
   info["shape"] = {{"query_heads", o.query_heads}, {"kv_heads", o.kv_heads},   {"head_dim", o.head_dim},
                    {"value_dim", o.value_dim},     {"index_dim", o.index_dim}, {"block_size", o.block_size},
                    {"topk", o.topk}};
-  for (const char* op : {"select_blocks", "sparse_attention", "sparse_attention_backward", "dense_attention",
+  for (const char* op : {"select_blocks", "topk_blocks", "sparse_attention", "sparse_attention_backward", "dense_attention",
                          "dense_attention_backward", "index_kl", "index_kl_backward", "selection_recall"}) {
     info["paths"][op] = cpu_path;
   }

@@ -159,6 +159,11 @@ Tensor select_blocks(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_
                  query_positions);
 }
 
+Tensor topk_blocks(const Tensor& scores, std::int64_t topk) {
+  static const auto op = find_op<decltype(topk_blocks)>("msa::topk_blocks");
+  return op.call(scores, topk);
+}
+
 Tensor select_blocks_oracle(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                             std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
                             std::int64_t init_blocks, std::optional<double> scale,
@@ -282,6 +287,7 @@ TORCH_LIBRARY_IMPL(msa, Autograd, m) {
   m.impl("dense_attention", dense_attention_autograd);
   m.impl("index_kl", index_kl_autograd);
   m.impl("select_blocks", NotDifferentiable<select_blocks>::call);
+  m.impl("topk_blocks", NotDifferentiable<topk_blocks>::call);
   m.impl("select_blocks_oracle", NotDifferentiable<select_blocks_oracle>::call);
   m.impl("selection_recall", NotDifferentiable<selection_recall>::call);
   m.impl("select_blocks_paged", NotDifferentiable<select_blocks_paged>::call);

@@ -266,6 +266,26 @@ Tensor select_blocks_paged_cpu(const Tensor& q_idx, const Tensor& k_idx_pages, c
   return blocks;
 }
 
+// ---- topk_blocks ----
+
+Tensor topk_blocks_meta(const Tensor& scores, std::int64_t topk) {
+  constexpr const char* op = "topk_blocks";
+  check_rank(op, "scores", scores, 2);
+  TORCH_CHECK(scores.scalar_type() == at::kFloat, op, ": scores: ", describe_tensor(scores), " must be float32");
+  check_topk(op, topk);
+  return at::empty_symint({scores.sym_size(0), c10::SymInt(topk)}, scores.options().dtype(at::kInt));
+}
+
+Tensor topk_blocks_cpu(const Tensor& scores, std::int64_t topk) {
+  const Tensor ids = topk_blocks_meta(scores, topk);
+  Inputs inputs("topk_blocks");
+  TopkBlocksParams params;
+  params.scores = inputs.view("scores", scores);
+  params.topk = topk;
+  call_library("topk_blocks", [&](const Context& context) { msa::topk_blocks(context, params, output_view(ids)); });
+  return ids;
+}
+
 // ---- select_blocks_oracle ----
 
 Tensor select_blocks_oracle_meta(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
@@ -721,6 +741,7 @@ std::string version_string() { return version(); }
 
 constexpr const char* kOps[] = {
     "select_blocks",
+    "topk_blocks",
     "select_blocks_oracle",
     "sparse_attention",
     "dense_attention",
@@ -744,6 +765,7 @@ TORCH_LIBRARY(msa, m) {
       "select_blocks(Tensor q_idx, Tensor k_idx, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, int topk, "
       "int local_blocks=1, int init_blocks=0, *, Tensor? query_positions=None) -> Tensor",
       tags);
+  m.def("topk_blocks(Tensor scores, int topk) -> Tensor", tags);
   m.def(
       "select_blocks_oracle(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, int topk, "
       "int local_blocks=1, int init_blocks=0, float? scale=None, *, Tensor? query_positions=None) -> Tensor",
@@ -810,6 +832,7 @@ TORCH_LIBRARY(msa, m) {
 
 TORCH_LIBRARY_IMPL(msa, CPU, m) {
   m.impl("select_blocks", select_blocks_cpu);
+  m.impl("topk_blocks", topk_blocks_cpu);
   m.impl("select_blocks_oracle", select_blocks_oracle_cpu);
   m.impl("sparse_attention", sparse_attention_cpu);
   m.impl("dense_attention", dense_attention_cpu);
@@ -827,6 +850,7 @@ TORCH_LIBRARY_IMPL(msa, CPU, m) {
 
 TORCH_LIBRARY_IMPL(msa, Meta, m) {
   m.impl("select_blocks", select_blocks_meta);
+  m.impl("topk_blocks", topk_blocks_meta);
   m.impl("select_blocks_oracle", select_blocks_oracle_meta);
   m.impl("sparse_attention", sparse_attention_meta);
   m.impl("dense_attention", dense_attention_meta);

@@ -9,3 +9,4 @@
 #include "msa/index_kl.h"       // IWYU pragma: export
 #include "msa/select_blocks.h"  // IWYU pragma: export
 #include "msa/tensor.h"         // IWYU pragma: export
+#include "msa/topk.h"           // IWYU pragma: export

@@ -25,6 +25,7 @@ from msa.ops import (  # noqa: E402
     selection_recall,
     sparse_attention,
     sparse_attention_paged,
+    topk_blocks,
     version,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "selection_recall",
     "sparse_attention",
     "sparse_attention_paged",
+    "topk_blocks",
     "version",
 ]

@@ -261,11 +261,51 @@ class Case {
   std::normal_distribution<float> normal_{0.0f, 1.0f};
 };
 
+// Rows of given scores, ties and NaN among them, shorter and longer than topk: every row must be the reference's.
+void check_topk(const Context& context, std::vector<CheckResult>& results) {
+  Context reference;
+  reference.backend = Backend::kReference;
+  std::mt19937 random(20260613);
+  std::normal_distribution<float> normal;
+  for (const std::int64_t topk : {1, 16, 64}) {
+    for (const std::int64_t blocks : {16, 65, 1024}) {
+      constexpr std::int64_t kRows = 24;
+      std::vector<float> scores(at(kRows * blocks));
+      for (std::int64_t i = 0; i < kRows * blocks; ++i) {
+        const float score = normal(random);
+        // A third of the rows has ties everywhere, another one NaN.
+        const std::int64_t kind = i / blocks % 3;
+        scores[at(i)] = kind == 0                  ? score
+                        : kind == 1                ? std::round(score)
+                        : std::fabs(score) > 0.5f ? std::numeric_limits<float>::quiet_NaN()
+                                                  : score;
+      }
+      TopkBlocksParams params;
+      params.scores = make_view(static_cast<const float*>(scores.data()), {kRows, blocks});
+      params.topk = topk;
+      std::vector<std::int32_t> expected(at(kRows * topk)), actual(expected.size(), -7);
+      topk_blocks(reference, params, make_view(expected.data(), {kRows, topk}));
+      topk_blocks(context, params, make_view(actual.data(), {kRows, topk}));
+      double differ = 0;
+      for (std::int64_t row = 0; row < kRows; ++row) {
+        const auto first = static_cast<std::ptrdiff_t>(row * topk);
+        const auto last = first + static_cast<std::ptrdiff_t>(topk);
+        if (!std::equal(expected.begin() + first, expected.begin() + last, actual.begin() + first)) ++differ;
+      }
+      const std::string name = std::to_string(kRows) + " rows of " + std::to_string(blocks) + " blocks, topk " +
+                               std::to_string(topk) + ", float32";
+      results.push_back({"topk_blocks", name, differ, 0, differ == 0});
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<CheckResult> run_conformance(const Context& context,
                                          const std::function<void(const std::string&)>& progress) {
   std::vector<CheckResult> results;
+  progress("top-k of given scores");
+  check_topk(context, results);
   for (const Geometry& geometry : kGeometries) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
       Case one(context, geometry, dtype, results);

@@ -6,11 +6,13 @@
 #include "msa/attention.h"
 #include "msa/index_kl.h"
 #include "msa/select_blocks.h"
+#include "msa/topk.h"
 
 namespace msa::cpu {
 
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks);
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks);
+void topk_blocks(const Context& context, const TopkBlocksParams& params, const TensorView& ids);
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
                       const TensorView& lse);
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params,

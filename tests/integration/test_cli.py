@@ -72,7 +72,7 @@ def test_check_passes_on_every_instruction_set(msa):
     failed = [check for check in report["checks"] if not check["passed"]]
     assert result.returncode == 0 and failed == []
     ops = {check["op"] for check in report["checks"]}
-    assert {"select_blocks", "sparse_attention.out", "sparse_attention.dk", "index_kl(prefix).dq_idx"} <= ops
+    assert {"select_blocks", "topk_blocks", "sparse_attention.out", "sparse_attention.dk", "index_kl(prefix).dq_idx"} <= ops
     assert report["passed"] == len(report["checks"]) > 100
 
 

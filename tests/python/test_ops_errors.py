@@ -22,10 +22,13 @@ def arguments(op):
         "blocks": msa.select_blocks(inputs.q_idx, inputs.k_idx, *inputs.cu, 16, 2),
         "block_size": 16,
         "topk": 2,
+        "scores": torch.randn(5, 9),
     }
     where = "cu_seqlens_q page_table seqlens_k" if op.endswith("_paged") else "cu_seqlens_q cu_seqlens_k"
+    where = "" if op == "topk_blocks" else where
     names = {
         "select_blocks": "q_idx k_idx block_size topk",
+        "topk_blocks": "scores topk",
         "select_blocks_oracle": "q k block_size topk",
         "sparse_attention": "q k v blocks block_size",
         "dense_attention": "q k v",
@@ -53,7 +56,7 @@ def tensors_of(op):
     return [name for name, value in arguments(op).items() if isinstance(value, torch.Tensor)]
 
 
-FLOATS = ("q", "k", "v", "q_idx", "k_idx", "k_pages", "v_pages", "k_idx_pages")
+FLOATS = ("q", "k", "v", "q_idx", "k_idx", "k_pages", "v_pages", "k_idx_pages", "scores")
 
 
 @pytest.mark.parametrize("op,argument", [(op, name) for op in OPS for name in tensors_of(op)])
@@ -83,7 +86,7 @@ def test_tensors_on_two_devices(op):
             getattr(torch.ops.msa, op).default.redispatch(cpu, **{**good, name: good[name].to("meta")})
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "topk_blocks"])
 @pytest.mark.parametrize(
     "entries",
     [[], [1, 10, 30], [0, 20, 10], [0, 10, 1000], [0, 10, 2**31 - 1], [0, -5, 30], [-(2**31), 10, 30]],
@@ -96,7 +99,7 @@ def test_cu_seqlens(op, entries):
         check_refused(op, "cu_seqlens_k", bad, named="cu_seqlens_[qk]")
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_paged")])
+@pytest.mark.parametrize("op", [op for op in OPS if "cu_seqlens_k" in arguments(op)])
 def test_more_queries_than_keys(op):
     check_refused(op, "cu_seqlens_k", torch.tensor([0, 9, 60], dtype=torch.int32), named="cu_seqlens_q")
 

@@ -52,6 +52,21 @@ def test_select_blocks_nan_ranks_last(backend):
     assert blocks[0, 79].tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("rows,blocks,topk", [(0, 5, 2), (3, 0, 2), (4, 3, 8), (5, 8, 8), (40, 33, 16), (17, 700, 64)])
+def test_topk_blocks(rows, blocks, topk, backend):
+    scores = torch.randint(-3, 4, (rows, blocks), generator=torch.Generator().manual_seed(2)).float()
+    scores[scores == 3] = math.nan
+    expected = torch.full((rows, topk), -1, dtype=torch.int32)
+    for row, values in enumerate(scores.tolist()):
+        best = sorted(range(blocks), key=lambda b: (math.isnan(values[b]), 0 if math.isnan(values[b]) else -values[b], b))
+        chosen = sorted(best[:topk])
+        expected[row, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    ids = msa.topk_blocks(scores, topk)
+    assert ids.is_contiguous() and torch.equal(ids, expected)
+    assert torch.equal(msa.topk_blocks(scores.t().contiguous().t(), topk), expected)  # columns strided
+    assert torch.equal(msa.topk_blocks(torch.cat([scores, scores], 1)[:, :blocks], topk), expected)  # rows with gaps
+
+
 @shapes
 def test_select_blocks_oracle_equals_naive(name, backend):
     inputs = make_inputs(SHAPES[name], seed=3)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from ops_support import SHAPES, Shape, make_inputs
 
-PACKED = ("select_blocks", "select_blocks_oracle", "sparse_attention", "dense_attention", "index_kl", "selection_recall")
+PACKED = ("select_blocks", "select_blocks_oracle", "sparse_attention", "dense_attention", "index_kl", "selection_recall",
+          "topk_blocks")
 PAGED = ("select_blocks_paged", "select_blocks_oracle_paged", "sparse_attention_paged", "dense_attention_paged")
 
 
@@ -26,6 +27,7 @@ def packed_arguments(op, inputs, differentiable=()):
         "dense_attention": (q, k, v, *inputs.cu),
         "index_kl": (q_idx, k_idx, q, k, blocks, *inputs.cu, size),
         "selection_recall": (q, k, blocks, *inputs.cu, size),
+        "topk_blocks": (q[:, 0].float(), shape.topk),
     }[op]
 
 
@@ -193,6 +195,7 @@ def test_arguments_by_keyword(op):
         "dense_attention": "q k v cu_seqlens_q cu_seqlens_k",
         "index_kl": "q_idx k_idx q k blocks cu_seqlens_q cu_seqlens_k block_size",
         "selection_recall": "q k blocks cu_seqlens_q cu_seqlens_k block_size",
+        "topk_blocks": "scores topk",
     }[op].split()
     arguments = packed_arguments(op, make_inputs(OPCHECK_SHAPES["several"]))
     results = []
