@@ -1,24 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// See op_bench.h. Peer: at::scaled_dot_product_attention, the fastest of the ways to ask it for the same rows (with the causal
-// mask, and without any mask, which is a little more work on paper but often faster); kv heads are batch entries and the
-// group's heads share keys by a stride of 0, so that nothing is copied for it.
+// See op_bench.h. A ShapeBench holds the tensors of one context and times what is asked of it; torch's side is in
+// torch_peers.cc, how often a thing is run in timing.h.
 #include "bench/op_bench.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/core/InferenceMode.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/version.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <numeric>
+#include <optional>
 #include <random>
+#include <utility>
 
-#include "bench/peaks.h"
+#include "bench/timing.h"
+#include "bench/torch_peers.h"
 #include "msa/error.h"
 #include "msa/msa.h"
 #include "src/core/threads.h"
+#include "src/cpu/dot_products.h"
+#if __has_include("src/cpu/screen.h")
+#include "src/cpu/screen.h"
+#define MSA_BENCH_SCREENING 1
+#endif
 
 namespace msa::bench {
 namespace {
@@ -38,18 +43,6 @@ TensorView view(const at::Tensor& tensor) {
     result.strides[static_cast<std::size_t>(d)] = tensor.stride(d);
   }
   return result;
-}
-
-double median_seconds(int repeats, const std::function<void()>& body) {
-  body();  // warm-up
-  std::vector<double> times;
-  for (int i = 0; i < repeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
-  return times[static_cast<std::size_t>(repeats / 2)];
 }
 
 // Independent random selections, the local block among them: the hardest case for locality.
@@ -77,120 +70,334 @@ at::Tensor random_blocks(const OpBenchOptions& o, std::int64_t context, std::int
   return blocks;
 }
 
-// Score entries (query, key) of one head: the whole prefix, or the selected blocks only.
-double dense_pairs(std::int64_t context, std::int64_t queries) {
-  const auto n = static_cast<double>(queries);
-  return n * static_cast<double>(context - queries) + n * (n + 1) / 2;
+// ---- Work, and what it is held against ----
+
+/// What a row does: products by their arithmetic, and bytes that must come from memory.
+struct Work {
+  std::vector<std::pair<Arithmetic, double>> operations;
+  double bytes = 0;
+
+  Work& operator+=(const Work& other) {
+    operations.insert(operations.end(), other.operations.begin(), other.operations.end());
+    bytes += other.bytes;
+    return *this;
+  }
+};
+
+// The arithmetic of attention's products on the instruction set in use.
+Arithmetic attention_arithmetic(at::ScalarType type) {
+  if (type != at::kBFloat16) return Arithmetic::kFloat;
+  switch (cpu::active_dot_products()) {
+    case cpu::DotProducts::kAmx:
+      return Arithmetic::kBf16Amx;
+    case cpu::DotProducts::kAvx512:
+      return Arithmetic::kBf16Dot;
+    case cpu::DotProducts::kVnni:
+    case cpu::DotProducts::kNone:
+      break;
+  }
+  return Arithmetic::kFloat;
 }
 
+// Of the scores of the index branch: all of them in int8, to find the few that are worth a float.
+Arithmetic screening_arithmetic() {
+  switch (cpu::active_dot_products()) {
+    case cpu::DotProducts::kAmx:
+      return Arithmetic::kInt8Amx;
+    case cpu::DotProducts::kAvx512:
+    case cpu::DotProducts::kVnni:
+      return Arithmetic::kInt8Dot;
+    case cpu::DotProducts::kNone:
+      break;
+  }
+  return Arithmetic::kFloat;
+}
+
+// torch takes the best there is, whatever set we are told to use.
+Arithmetic torch_arithmetic(at::ScalarType type, const Peaks& peaks) {
+  if (type != at::kBFloat16) return Arithmetic::kFloat;
+  if (peaks.has(Arithmetic::kBf16Amx)) return Arithmetic::kBf16Amx;
+  return peaks.of(Arithmetic::kBf16Dot) > peaks.of(Arithmetic::kFloat) ? Arithmetic::kBf16Dot : Arithmetic::kFloat;
+}
+
+void set_peak(OpBenchRow& row, const Work& work, const Peaks& peaks) {
+  double compute = 0;
+  std::string names;
+  for (const auto& [arithmetic, operations] : work.operations) {
+    row.operations += operations;
+    if (operations == 0) continue;
+    compute += operations / (peaks.of(arithmetic) * 1e9);
+    const std::string name = arithmetic_name(arithmetic);
+    if (names.find(name) == std::string::npos) names += names.empty() ? name : " + " + name;
+  }
+  row.bytes = work.bytes;
+  const double memory = work.bytes / (peaks.read_gbytes * 1e9);
+  if (compute == 0 && memory == 0) return;
+  row.memory_bound = memory > compute;
+  row.peak = row.memory_bound ? "read" : names;
+  row.peak_fraction = std::max(compute, memory) / row.seconds;
+}
+
+// ---- What all rows share ----
+
+class Bench {
+ public:
+  Bench(const OpBenchOptions& options, const OpBenchHooks& hooks, OpBenchResult& result)
+      : o(options), result_(result), hooks_(hooks) {
+    limits.repeats = o.repeats;
+    limits.budget_seconds = o.budget_seconds;
+    limits.should_stop = hooks.should_stop;
+    context.threads = result.threads;
+  }
+
+  bool wants(const char* op) const { return o.op == "all" || o.op == op; }
+  const Peaks& peaks() const { return result_.peaks; }
+
+  void tell(const std::string& what) const {
+    if (hooks_.progress) hooks_.progress(what);
+  }
+
+  OpBenchRow& add(const std::string& section, const std::string& name, std::int64_t tokens, std::int64_t queries,
+                  const Timing& timing, const Work& work, std::vector<Speedup> speedups = {}) {
+    OpBenchRow row;
+    row.section = section;
+    row.name = name;
+    row.context = tokens;
+    row.queries = queries;
+    row.threads = context.threads;
+    row.runs = timing.runs;
+    row.seconds = timing.seconds;
+    row.speedups = std::move(speedups);
+    set_peak(row, work, result_.peaks);
+    result_.rows.push_back(std::move(row));
+    return result_.rows.back();
+  }
+
+  OpBenchRow& last_row() { return result_.rows.back(); }
+
+  const OpBenchOptions& o;
+  TimingLimits limits;
+  Context context;
+
+ private:
+  OpBenchResult& result_;
+  const OpBenchHooks& hooks_;
+};
+
+/// A peer whose time is known already.
+struct Peer {
+  std::string name;
+  double seconds = 0;
+};
+
+std::vector<Speedup> compare(const std::vector<Peer>& peers, double seconds) {
+  std::vector<Speedup> speedups;
+  for (const Peer& peer : peers) speedups.push_back({peer.name, peer.seconds / seconds});
+  return speedups;
+}
+
+/// The last `queries` tokens of one sequence of `context` tokens.
 class ShapeBench {
  public:
-  ShapeBench(const OpBenchOptions& o, std::int64_t context, std::int64_t queries, OpBenchResult& result,
-             const std::function<void(const std::string&)>& progress)
-      : o_(o), context_(context), queries_(queries), result_(result), progress_(progress) {
-    run_.threads = result.threads;
-    const at::ScalarType type = o.dtype == "float32" ? at::kFloat : o.dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
+  ShapeBench(Bench& bench, std::string section, std::int64_t context, std::int64_t queries)
+      : bench_(bench), o_(bench.o), section_(std::move(section)), context_(context), queries_(queries) {
+    type_ = o_.dtype == "float32" ? at::kFloat : o_.dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
     at::manual_seed(1);
-    q_ = at::randn({queries, o.query_heads, o.head_dim}).to(type);
-    k_ = at::randn({context, o.kv_heads, o.head_dim}).to(type);
-    v_ = at::randn({context, o.kv_heads, o.head_dim}).to(type);
-    q_idx_ = at::randn({queries, o.kv_heads, o.index_dim}).to(type);
-    k_idx_ = at::randn({context, o.index_dim}).to(type);
+    q_ = at::randn({queries, o_.query_heads, o_.head_dim}).to(type_);
+    k_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
+    v_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
+    q_idx_ = at::randn({queries, o_.kv_heads, o_.index_dim}).to(type_);
+    k_idx_ = at::randn({context, o_.index_dim}).to(type_);
     out_ = at::empty_like(q_);
-    lse_ = at::empty({queries, o.query_heads}, at::kFloat);
-    selected_ = at::empty({o.kv_heads, queries, o.topk}, at::kInt);
+    lse_ = at::empty({queries, o_.query_heads}, at::kFloat);
+    selected_ = at::empty({o_.kv_heads, queries, o_.topk}, at::kInt);
     cu_q_ = {0, static_cast<std::int32_t>(queries)};
     cu_k_ = {0, static_cast<std::int32_t>(context)};
     batch_ = Batch::packed(cu_q_, cu_k_);
-    blocks_ = random_blocks(o, context, queries);
-    peer_ = "torch sdpa " + o.dtype;
+    blocks_ = random_blocks(o_, context, queries);
   }
 
-  double time_peer() {
-    progress_(peer_ + ", context " + std::to_string(context_));
-    const std::int64_t group = o_.query_heads / o_.kv_heads;
-    const auto heads_first = [&](const at::Tensor& keys) {
-      return keys.transpose(0, 1).unsqueeze(1).expand({o_.kv_heads, group, context_, o_.head_dim});
+  /// torch in bfloat16, then in float32: what the other rows are compared with.
+  void time_torch() {
+    for (const at::ScalarType type : {at::kBFloat16, at::kFloat}) {
+      const std::string name = type == at::kFloat ? "torch sdpa float32" : "torch sdpa bfloat16";
+      tell(name);
+      const Timing timing = time_torch_attention(bench_.limits, tensors_as(type));
+      peers_.push_back({name, timing.seconds});
+      bench_.add(section_, name, context_, queries_, timing,
+                 {{{torch_arithmetic(type, bench_.peaks()), attention_operations(dense_pairs())}},
+                  key_value_bytes(context_, type)});
+    }
+  }
+  void time_dense() {
+    const Timing timing = time("dense_attention", [&] { dense(); });
+    add("dense_attention", timing,
+        {{{attention_arithmetic(type_), attention_operations(dense_pairs())}}, key_value_bytes(context_, type_)});
+    own_dense_ = timing.seconds;
+  }
+  void time_select() {
+    const Timing timing = time("select_blocks", [&] { select(); });
+    add("select_blocks", timing, select_work());
+    if (screening_arithmetic() == Arithmetic::kFloat) return;
+    [[maybe_unused]] const Unscreened unscreened;
+    const Timing full = time("select_blocks, unscreened", [&] { select(); });
+    bench_.last_row().speedups.push_back({"unscreened", full.seconds / timing.seconds});
+    add("select_blocks, unscreened", full, unscreened_work());
+  }
+  void time_sparse() {
+    const Timing timing = time("sparse_attention (random blocks)", [&] { sparse(blocks_); });
+    add("sparse_attention (random blocks)", timing, sparse_work());
+  }
+  void time_layer() {
+    const Timing timing = time("msa layer", [&] { layer(); });
+    Work work = select_work();
+    work += sparse_work();
+    OpBenchRow& added = add("msa layer (select + sparse)", timing, work);
+    if (own_dense_ > 0) added.speedups.push_back({"dense_attention", own_dense_ / timing.seconds});
+    added.flop_ratio = flop_ratio();
+  }
+  /// A layer on one thread and on all.
+  void time_threads() {
+    if (bench_.context.threads == 1) return;
+    select();
+    const std::vector<std::pair<std::string, std::function<void()>>> things = {
+        {"select_blocks", [&] { select(); }},
+        {"sparse_attention (random blocks)", [&] { sparse(blocks_); }},
+        {"msa layer (select + sparse)", [&] { layer(); }}};
+    for (const auto& [name, body] : things) {
+      const Timing all = time(name + ", all threads", body);
+      const int threads = std::exchange(bench_.context.threads, 1);
+      const Timing one = time(name + ", one thread", body);
+      bench_.add(section_, name, context_, queries_, one, {});
+      bench_.context.threads = threads;
+      bench_.add(section_, name, context_, queries_, all, {}, {{"one thread", one.seconds / all.seconds}});
+    }
+  }
+
+  void time_torch_backward() {
+    for (const at::ScalarType type : {at::kBFloat16, at::kFloat}) {
+      const std::string name =
+          type == at::kFloat ? "torch sdpa float32, fwd + bwd" : "torch sdpa bfloat16, fwd + bwd";
+      tell(name);
+      const Timing timing = time_torch_attention_backward(bench_.limits, tensors_as(type));
+      peers_.push_back({name, timing.seconds});
+      bench_.add(section_, name, context_, queries_, timing,
+                 {{{torch_arithmetic(type, bench_.peaks()), 3.5 * attention_operations(dense_pairs())}}, 0});
+    }
+  }
+  /// One step of a layer in the sparse stage: selection, attention, KL, and the way back.
+  void time_training() {
+    make_gradients();
+    const auto step = [&] {
+      select();
+      sparse(selected_);
+      const IndexKlParams params = kl_params(selected_);
+      msa::index_kl(bench_.context, params, kl_saved());
+      sparse_backward(selected_);
+      msa::index_kl_backward(bench_.context, params, kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
     };
-    const at::Tensor q = q_.view({queries_, o_.kv_heads, group, o_.head_dim}).permute({1, 2, 0, 3});
-    const at::Tensor k = heads_first(k_), v = heads_first(v_);
-    const at::Tensor positions = at::arange(context_ - queries_, context_).unsqueeze(1);
-    const at::Tensor mask = at::arange(context_).unsqueeze(0).le(positions);
-    const double masked =
-        median_seconds(o_.repeats, [&] { at::scaled_dot_product_attention(q, k, v, mask, 0.0, false); });
-    const double plain = median_seconds(o_.repeats, [&] { at::scaled_dot_product_attention(q, k, v); });
-    const double seconds = std::min(masked, plain);
-    add(peer_, seconds, attention_flops(dense_pairs(context_, queries_)), kv_bytes(context_), 0);
-    return seconds;
-  }
+    const Timing timing = time("msa layer with KL, fwd + bwd", step);
+    Work work = select_work();
+    work += sparse_work();
+    work += sparse_backward_work();
+    work += kl_work(sparse_pairs());
+    work += kl_backward_work(sparse_pairs());
+    OpBenchRow& added = add("msa layer with KL, fwd + bwd", timing, work);
+    added.flop_ratio = flop_ratio();
 
-  double time_select(double peer) {
-    return time_op("select_blocks", index_flops(), index_bytes(), peer, [&] { select(); });
-  }
-  double time_sparse(double peer) {
-    return time_op("sparse_attention (random blocks)", attention_flops(sparse_pairs()), sparse_bytes(), peer,
-                   [&] { sparse(blocks_); });
-  }
-  double time_layer(double peer) {
-    return time_op("msa layer (select + sparse)", index_flops() + attention_flops(sparse_pairs()),
-                   index_bytes() + sparse_bytes(), peer, [&] {
-                     select();
-                     sparse(selected_);
-                   });
-  }
-  double time_dense(double peer) {
-    return time_op("dense_attention", attention_flops(dense_pairs(context_, queries_)), kv_bytes(context_), peer, [&] {
-      msa::dense_attention(run_, {.q = view(q_), .k = view(k_), .v = view(v_), .batch = batch_, .scale = {}}, view(out_),
-                           view(lse_));
-    });
-  }
-  void time_backward() {
     sparse(blocks_);
-    const at::Tensor dout = at::randn_like(q_.to(at::kFloat)).to(q_.scalar_type());
-    const at::Tensor dq = at::empty_like(q_), dk = at::empty_like(k_), dv = at::empty_like(v_);
-    const AttentionSaved saved{.out = view(out_), .lse = view(lse_), .dout = view(dout), .dlse = {}};
-    const AttentionGrads grads{.dq = view(dq), .dk = view(dk), .dv = view(dv)};
-    // 5 products in place of the forward's 2.
-    time_op("sparse_attention_backward", 2.5 * attention_flops(sparse_pairs()), sparse_bytes(), 0,
-            [&] { msa::sparse_attention_backward(run_, sparse_params(blocks_), saved, grads); });
+    const Timing backward = time("sparse_attention_backward", [&] { sparse_backward(blocks_); });
+    bench_.add(section_, "sparse_attention_backward (random blocks)", context_, queries_, backward,
+               sparse_backward_work());
   }
-  void time_kl() {
-    const at::Tensor lse_index = at::empty({queries_, o_.kv_heads}, at::kFloat);
-    const at::Tensor norm = at::empty({queries_, o_.kv_heads}, at::kFloat);
-    const at::Tensor dq_idx = at::empty_like(q_idx_), dk_idx = at::empty_like(k_idx_);
-    const IndexKlSaved saved{.lse_main = view(lse_), .lse_index = view(lse_index), .teacher_norm = view(norm)};
-    IndexKlParams params;
-    params.q_idx = view(q_idx_), params.k_idx = view(k_idx_), params.q = view(q_), params.k = view(k_);
-    params.batch = batch_;
-    params.block_size = o_.block_size;
-    const double pairs = dense_pairs(context_, queries_);
-    const double scores = 2 * pairs *
-                          static_cast<double>(o_.query_heads * o_.head_dim + o_.kv_heads * o_.index_dim);
-    time_op("index_kl (warmup)", 2 * scores, 0, 0, [&] { msa::index_kl(run_, params, saved); });
-    time_op("index_kl_backward (warmup)", scores + 4 * pairs * static_cast<double>(o_.kv_heads * o_.index_dim), 0, 0,
-            [&] { msa::index_kl_backward(run_, params, saved, 1.0f, view(dq_idx), view(dk_idx)); });
+  void time_kl(bool warmup) {
+    make_gradients();
+    const at::Tensor blocks = warmup ? at::Tensor() : blocks_;
+    const std::string what = warmup ? " (warmup)" : " (random blocks)";
+    const double pairs = warmup ? dense_pairs() : sparse_pairs();
+    const IndexKlParams params = kl_params(blocks);
+    const Timing forward =
+        time("index_kl" + what, [&] { msa::index_kl(bench_.context, params, kl_saved()); });
+    bench_.add(section_, "index_kl" + what, context_, queries_, forward, kl_work(pairs));
+    const Timing backward = time("index_kl_backward" + what, [&] {
+      msa::index_kl_backward(bench_.context, params, kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
+    });
+    bench_.add(section_, "index_kl_backward" + what, context_, queries_, backward, kl_backward_work(pairs));
   }
 
  private:
-  double attention_flops(double pairs) const {
-    return 4 * pairs * static_cast<double>(o_.query_heads * o_.head_dim);
-  }
-  double index_flops() const {
-    return 2 * dense_pairs(context_, queries_) * static_cast<double>(o_.kv_heads * o_.index_dim);
+  /// Scores every block in float for as long as it lives.
+  struct Unscreened {
+#ifdef MSA_BENCH_SCREENING
+    Unscreened() { cpu::force_screening(cpu::Screening::kNever); }
+    ~Unscreened() { cpu::force_screening(cpu::Screening::kAuto); }
+#else
+    Unscreened() = default;
+#endif
+    Unscreened(const Unscreened&) = delete;
+    Unscreened& operator=(const Unscreened&) = delete;
+  };
+
+  // ---- Counting ----
+
+  // (query, key) pairs of one head: the whole visible prefix, or the selected blocks, the local one half full on average.
+  double dense_pairs() const {
+    const auto n = static_cast<double>(queries_);
+    return n * static_cast<double>(context_ - queries_) + n * (n + 1) / 2;
   }
   double sparse_pairs() const {
-    return static_cast<double>(queries_) * static_cast<double>(std::min(context_, o_.topk * o_.block_size)) -
-           static_cast<double>(queries_) * static_cast<double>(o_.block_size - 1) / 2;
+    if (context_ <= o_.topk * o_.block_size) return dense_pairs();
+    return static_cast<double>(queries_) *
+           (static_cast<double>(o_.topk * o_.block_size) - static_cast<double>(o_.block_size - 1) / 2);
   }
-  double element() const { return static_cast<double>(q_.element_size()); }
-  double kv_bytes(std::int64_t tokens) const {
-    return 2 * static_cast<double>(tokens * o_.kv_heads * o_.head_dim) * element();
+  // Two products, each a multiplication and an addition for every pair and dimension.
+  double attention_operations(double pairs) const { return 4 * pairs * static_cast<double>(o_.query_heads * o_.head_dim); }
+  double index_operations(double pairs) const { return 2 * pairs * static_cast<double>(o_.kv_heads * o_.index_dim); }
+  double key_value_bytes(std::int64_t tokens, at::ScalarType type) const {
+    return 2 * static_cast<double>(tokens * o_.kv_heads * o_.head_dim) * static_cast<double>(c10::elementSize(type));
   }
-  double index_bytes() const { return static_cast<double>(context_ * o_.index_dim) * element(); }
-  double sparse_bytes() const {
-    return kv_bytes(std::min(context_, queries_ * o_.topk * o_.block_size));
+  double index_bytes() const {
+    return static_cast<double>(context_ * o_.index_dim) * static_cast<double>(c10::elementSize(type_));
   }
 
+  Work select_work() const {
+    return {{{screening_arithmetic(), index_operations(dense_pairs())}}, index_bytes()};
+  }
+  Work unscreened_work() const { return {{{Arithmetic::kFloat, index_operations(dense_pairs())}}, index_bytes()}; }
+  Work sparse_work() const {
+    return {{{attention_arithmetic(type_), attention_operations(sparse_pairs())}},
+            key_value_bytes(std::min(context_, queries_ * o_.topk * o_.block_size), type_)};
+  }
+  Work sparse_backward_work() const {  // 5 products in place of the forward's 2
+    return {{{attention_arithmetic(type_), 2.5 * attention_operations(sparse_pairs())}}, 0};
+  }
+  // Scores of the teacher and of the student; on the way back both again, and two products for the gradients.
+  Work kl_work(double pairs) const {
+    return {{{attention_arithmetic(type_), attention_operations(pairs) / 2}, {Arithmetic::kFloat, index_operations(pairs)}}, 0};
+  }
+  Work kl_backward_work(double pairs) const {
+    return {{{attention_arithmetic(type_), attention_operations(pairs) / 2}, {Arithmetic::kFloat, 3 * index_operations(pairs)}},
+            0};
+  }
+  /// Dense over MSA for a causal pass over the whole context: 2 Hq D N^2 over Hkv Di N^2 + 4 Hq D N k Bk.
+  double flop_ratio() const {
+    const auto n = static_cast<double>(context_);
+    const auto main = static_cast<double>(o_.query_heads * o_.head_dim);
+    const double dense = 2 * main * n * n;
+    const double index = static_cast<double>(o_.kv_heads * o_.index_dim) * n * n;
+    return dense / (index + 4 * main * n * std::min(n, static_cast<double>(o_.topk * o_.block_size)));
+  }
+
+  // ---- Running ----
+
+  void select() {
+    SelectBlocksParams params;
+    params.q_idx = view(q_idx_), params.k_idx = view(k_idx_);
+    params.batch = batch_;
+    params.block_size = o_.block_size;
+    params.topk = o_.topk;
+    msa::select_blocks(bench_.context, params, view(selected_));
+  }
   SparseAttentionParams sparse_params(const at::Tensor& blocks) const {
     SparseAttentionParams params;
     params.q = view(q_), params.k = view(k_), params.v = view(v_), params.blocks = view(blocks);
@@ -198,94 +405,190 @@ class ShapeBench {
     params.block_size = o_.block_size;
     return params;
   }
-  void sparse(const at::Tensor& blocks) { msa::sparse_attention(run_, sparse_params(blocks), view(out_), view(lse_)); }
-  void select() {
-    SelectBlocksParams params;
-    params.q_idx = view(q_idx_), params.k_idx = view(k_idx_);
+  void sparse(const at::Tensor& blocks) {
+    msa::sparse_attention(bench_.context, sparse_params(blocks), view(out_), view(lse_));
+  }
+  void layer() {
+    select();
+    sparse(selected_);
+  }
+  void dense() {
+    msa::dense_attention(bench_.context, {.q = view(q_), .k = view(k_), .v = view(v_), .batch = batch_, .scale = {}},
+                         view(out_), view(lse_));
+  }
+  void make_gradients() {
+    if (dout_.defined()) return;
+    dout_ = at::randn_like(q_.to(at::kFloat)).to(type_);
+    dq_ = at::empty_like(q_), dk_ = at::empty_like(k_), dv_ = at::empty_like(v_);
+    dq_idx_ = at::empty_like(q_idx_), dk_idx_ = at::empty_like(k_idx_);
+    kl_lse_main_ = at::empty_like(lse_);
+    kl_lse_index_ = at::empty({queries_, o_.kv_heads}, at::kFloat);
+    kl_norm_ = at::empty({queries_, o_.kv_heads}, at::kFloat);
+  }
+  void sparse_backward(const at::Tensor& blocks) {
+    const AttentionSaved saved{.out = view(out_), .lse = view(lse_), .dout = view(dout_), .dlse = {}};
+    msa::sparse_attention_backward(bench_.context, sparse_params(blocks), saved,
+                                   {.dq = view(dq_), .dk = view(dk_), .dv = view(dv_)});
+  }
+  IndexKlParams kl_params(const at::Tensor& blocks) const {
+    IndexKlParams params;
+    params.q_idx = view(q_idx_), params.k_idx = view(k_idx_), params.q = view(q_), params.k = view(k_);
+    if (blocks.defined()) params.blocks = view(blocks);
     params.batch = batch_;
     params.block_size = o_.block_size;
-    params.topk = o_.topk;
-    msa::select_blocks(run_, params, view(selected_));
+    return params;
+  }
+  IndexKlSaved kl_saved() const {
+    return {.lse_main = view(kl_lse_main_), .lse_index = view(kl_lse_index_), .teacher_norm = view(kl_norm_)};
   }
 
-  double time_op(const std::string& name, double flops, double bytes, double peer, const std::function<void()>& body) {
-    progress_(name + ", context " + std::to_string(context_));
-    const double seconds = median_seconds(o_.repeats, body);
-    add(name, seconds, flops, bytes, peer);
-    return seconds;
+  AttentionTensors tensors_as(at::ScalarType type) const { return {q_.to(type), k_.to(type), v_.to(type)}; }
+  void tell(const std::string& what) const {
+    bench_.tell(section_ + " at " + std::to_string(context_) + ": " + what);
   }
-  void add(const std::string& name, double seconds, double flops, double bytes, double peer) {
-    OpBenchRow row;
-    row.name = queries_ == 1 ? "decode: " + name : name;
-    row.context = context_;
-    row.seconds = seconds;
-    row.flops = flops;
-    row.bytes = bytes;
-    const double compute = flops / (result_.fma_gflops * 1e9);
-    const double memory = bytes / (result_.read_gbytes * 1e9);
-    row.memory_bound = memory > compute;
-    row.peak_fraction = std::max(compute, memory) / seconds;
-    row.speedup = peer > 0 ? peer / seconds : 0;
-    result_.rows.push_back(row);
+  Timing time(const std::string& what, const std::function<void()>& body) {
+    tell(what);
+    return time_median(bench_.limits, body);
+  }
+  OpBenchRow& add(const std::string& name, const Timing& timing, const Work& work) {
+    return bench_.add(section_, name, context_, queries_, timing, work, compare(peers_, timing.seconds));
   }
 
+  Bench& bench_;
   const OpBenchOptions& o_;
+  std::string section_;
   std::int64_t context_, queries_;
-  OpBenchResult& result_;
-  const std::function<void(const std::string&)>& progress_;
-  Context run_;
+  at::ScalarType type_;
   at::Tensor q_, k_, v_, q_idx_, k_idx_, out_, lse_, selected_, blocks_;
+  at::Tensor dout_, dq_, dk_, dv_, dq_idx_, dk_idx_, kl_lse_main_, kl_lse_index_, kl_norm_;
   std::vector<std::int32_t> cu_q_, cu_k_;
   Batch batch_;
-  std::string peer_;
+  std::vector<Peer> peers_;
+  double own_dense_ = 0;
 };
+
+// Top-k alone has shapes of its own: rows of block scores as a long context gives them.
+void time_topk(Bench& bench) {
+  struct Shape {
+    std::int64_t rows, blocks, topk;
+  };
+  for (const Shape& shape : {Shape{4096, 1024, 16}, Shape{4096, 4096, 16}, Shape{4096, 8192, 32}}) {
+    at::manual_seed(1);
+    const at::Tensor scores = at::randn({shape.rows, shape.blocks});
+    const at::Tensor ids = at::empty({shape.rows, shape.topk}, at::kInt);
+    const std::string what = " (" + std::to_string(shape.rows) + ", " + std::to_string(shape.blocks) + ") k" +
+                             std::to_string(shape.topk);
+    const Work work{{}, static_cast<double>(shape.rows * shape.blocks) * sizeof(float)};
+    bench.tell("torch.topk" + what);
+    const Timing peer = time_torch_topk(bench.limits, scores, shape.topk);
+    bench.add("top-k", "torch.topk" + what, shape.blocks, shape.rows, peer, work);
+    bench.tell("topk_blocks" + what);
+    const Timing ours = time_median(bench.limits, [&] {
+      msa::topk_blocks(bench.context, {.scores = view(scores), .topk = shape.topk}, view(ids));
+    });
+    bench.add("top-k", "topk_blocks" + what, shape.blocks, shape.rows, ours, work,
+              {{"torch.topk", peer.seconds / ours.seconds}});
+  }
+}
+
+// Full sequences up to here, the last --queries tokens beyond: torch's square of scores would take minutes.
+constexpr std::int64_t kLongestSquare = 8192;
+
+void run_all(Bench& bench) {
+  const OpBenchOptions& o = bench.o;
+  if (bench.wants("topk_blocks")) time_topk(bench);
+  for (const std::int64_t context : o.contexts) {
+    if (bench.wants("select_blocks") || bench.wants("sparse_attention") || bench.wants("layer") ||
+        bench.wants("dense_attention")) {
+      ShapeBench prefill(bench, "prefill", context, o.queries);
+      if (o.op != "select_blocks") prefill.time_torch();
+      if (bench.wants("dense_attention") || bench.wants("layer")) prefill.time_dense();
+      if (bench.wants("select_blocks")) prefill.time_select();
+      if (bench.wants("sparse_attention")) prefill.time_sparse();
+      if (bench.wants("layer")) prefill.time_layer();
+    }
+    if (bench.wants("decode")) {
+      ShapeBench decode(bench, "decode", context, 1);
+      decode.time_torch();
+      decode.time_dense();
+      decode.time_select();
+      decode.time_sparse();
+      decode.time_layer();
+    }
+    if (bench.wants("backward")) {
+      const std::int64_t queries = context <= kLongestSquare ? context : o.queries;
+      ShapeBench training(bench, "training", context, queries);
+      training.time_torch_backward();
+      training.time_training();
+      if (bench.wants("index_kl")) training.time_kl(false);
+    }
+    if (bench.wants("index_kl") && context <= kLongestSquare) {
+      ShapeBench(bench, "training", context, std::min(context, o.queries)).time_kl(true);
+    }
+    if (bench.wants("threads")) ShapeBench(bench, "threads", context, o.queries).time_threads();
+  }
+}
+
+void check_options(const OpBenchOptions& o) {
+  if (o.op != "all" && std::find(op_names().begin(), op_names().end(), o.op) == op_names().end()) {
+    throw Error("bench: op '" + o.op + "' is unknown");
+  }
+  const auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw Error("bench: " + what);
+  };
+  require(!o.contexts.empty(), "no context is given");
+  require(o.repeats >= 1 && o.queries >= 1, "repeats and queries must be at least 1");
+  require(o.kv_heads >= 1 && o.query_heads >= 1 && o.query_heads % o.kv_heads == 0,
+          "query heads " + std::to_string(o.query_heads) + " must be a multiple of kv heads " + std::to_string(o.kv_heads));
+  const auto multiple = [](std::int64_t dim) {
+    return dim >= kHeadDimMultiple && dim <= kMaxHeadDim && dim % kHeadDimMultiple == 0;
+  };
+  require(multiple(o.head_dim) && multiple(o.index_dim), "head and index dimensions must be multiples of " +
+                                                             std::to_string(kHeadDimMultiple) + " up to " +
+                                                             std::to_string(kMaxHeadDim));
+  const bool power = o.block_size > 0 && (o.block_size & (o.block_size - 1)) == 0;
+  require(power && o.block_size >= kMinBlockSize && o.block_size <= kMaxBlockSize,
+          "block size " + std::to_string(o.block_size) + " must be a power of two from " + std::to_string(kMinBlockSize) +
+              " to " + std::to_string(kMaxBlockSize));
+  require(o.topk >= 1 && o.topk <= kMaxTopk, "topk " + std::to_string(o.topk) + " must be from 1 to " + std::to_string(kMaxTopk));
+  for (const std::int64_t context : o.contexts) {
+    require(context >= o.queries, "context " + std::to_string(context) + " is below the " + std::to_string(o.queries) +
+                                      " queries");
+  }
+}
 
 }  // namespace
 
 const std::vector<std::string>& op_names() {
-  static const std::vector<std::string> names = {"select_blocks", "sparse_attention", "dense_attention",
-                                                 "layer",         "decode",           "backward",
-                                                 "index_kl"};
+  static const std::vector<std::string> names = {"select_blocks", "topk_blocks", "sparse_attention",
+                                                 "dense_attention", "layer",     "decode",
+                                                 "backward",      "index_kl",    "threads"};
   return names;
 }
 
-OpBenchResult run_op_bench(const OpBenchOptions& options, const std::function<void(const std::string&)>& progress) {
-  if (options.op != "all" && std::find(op_names().begin(), op_names().end(), options.op) == op_names().end()) {
-    throw Error("bench: op '" + options.op + "' is unknown");
-  }
-  for (const std::int64_t context : options.contexts) {
-    if (context < options.queries) {
-      throw Error("bench: context " + std::to_string(context) + " is below the " + std::to_string(options.queries) +
-                  " queries");
-    }
-  }
-  if (options.repeats < 1 || options.queries < 1) throw Error("bench: repeats and queries must be at least 1");
-  const auto wants = [&](const char* op) { return options.op == "all" || options.op == op; };
-  const c10::InferenceMode inference;
+const OpBenchRow* find_row(const OpBenchResult& result, const std::string& section, const std::string& name,
+                           std::int64_t context) {
+  const auto found = std::find_if(result.rows.begin(), result.rows.end(), [&](const OpBenchRow& row) {
+    return row.section == section && row.name == name && row.context == context;
+  });
+  return found == result.rows.end() ? nullptr : &*found;
+}
+
+OpBenchResult run_op_bench(const OpBenchOptions& options, const OpBenchHooks& hooks) {
+  check_options(options);
+  const at::NoGradGuard no_grad;
   OpBenchResult result;
   result.threads = core::resolve_threads(options.threads);
   result.instruction_set = active_instruction_set();
   result.torch_version = TORCH_VERSION;
   at::set_num_threads(result.threads);
-  progress("peaks of the machine");
-  result.fma_gflops = measure_fma_gflops(result.threads);
-  result.read_gbytes = measure_read_gbytes(result.threads);
-  for (const std::int64_t context : options.contexts) {
-    ShapeBench bench(options, context, options.queries, result, progress);
-    const bool forward = wants("select_blocks") || wants("sparse_attention") || wants("layer") || wants("dense_attention");
-    const double peer = forward ? bench.time_peer() : 0;
-    if (wants("dense_attention")) bench.time_dense(peer);
-    if (wants("select_blocks")) bench.time_select(peer);
-    if (wants("sparse_attention")) bench.time_sparse(peer);
-    if (wants("layer")) bench.time_layer(peer);
-    if (wants("backward")) bench.time_backward();
-    if (wants("index_kl") && context <= 8192) bench.time_kl();
-    if (wants("decode")) {
-      ShapeBench decode(options, context, 1, result, progress);
-      const double decode_peer = decode.time_peer();
-      decode.time_dense(decode_peer);
-      decode.time_layer(decode_peer);
-    }
+  Bench bench(options, hooks, result);
+  try {
+    bench.tell("peaks of the machine");
+    result.peaks = measure_peaks(result.threads);
+    run_all(bench);
+  } catch (const Stopped&) {
+    result.interrupted = true;
   }
   return result;
 }

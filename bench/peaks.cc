@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
+#include "bench/dot_peaks.h"
+#include "msa/context.h"
 #include "src/core/threads.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -68,29 +71,35 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 constexpr int kRuns = 5;
+constexpr double kRunSeconds = 0.03;
 
-}  // namespace
-
-double measure_fma_gflops(int threads) {
-  constexpr std::int64_t kSteps = 20'000'000;  // ~30 ms
+/// Operations a second of `threads` cores, in units of 1e9.
+double measure_loop(int threads, PeakLoop loop) {
+  // Long enough for the clock to settle; the number of steps is found by doubling.
+  std::int64_t steps = 1 << 12;
+  float sink = 0;
+  for (;; steps *= 2) {
+    const auto start = std::chrono::steady_clock::now();
+    loop(steps, &sink);
+    if (seconds_since(start) > kRunSeconds / 2) break;
+  }
   double best = 0;
   for (int run = 0; run < kRuns; ++run) {
-    std::vector<double> flops(static_cast<std::size_t>(threads));
+    std::vector<double> operations(static_cast<std::size_t>(threads));
     std::vector<float> sinks(static_cast<std::size_t>(threads));
     const auto start = std::chrono::steady_clock::now();
     core::parallel_for(threads, threads, [&](std::int64_t task, int) {
-      flops[static_cast<std::size_t>(task)] = HWY_DYNAMIC_DISPATCH(fma_loop)(kSteps, &sinks[static_cast<std::size_t>(task)]);
+      const auto i = static_cast<std::size_t>(task);
+      operations[i] = loop(2 * steps, &sinks[i]);
     });
     const double seconds = seconds_since(start);
-    double total = 0;
-    for (const double f : flops) total += f;
-    best = std::max(best, total / seconds * 1e-9);
+    best = std::max(best, std::accumulate(operations.begin(), operations.end(), 0.0) / seconds * 1e-9);
   }
   return best;
 }
 
-double measure_read_gbytes(int threads) {
-  constexpr std::int64_t kFloats = 64 << 20;  // 256 MiB
+double measure_read(int threads) {
+  constexpr std::int64_t kFloats = 128 << 20;  // 512 MiB
   constexpr std::int64_t kPiece = 1 << 20;
   const std::vector<float> data(static_cast<std::size_t>(kFloats), 1.0f);
   std::vector<float> sums(static_cast<std::size_t>(kFloats / kPiece));
@@ -103,6 +112,36 @@ double measure_read_gbytes(int threads) {
     best = std::max(best, static_cast<double>(kFloats) * 4 / seconds_since(start) * 1e-9);
   }
   return best;
+}
+
+}  // namespace
+
+const char* arithmetic_name(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat:
+      return "float32";
+    case Arithmetic::kBf16Dot:
+      return "bf16 dot";
+    case Arithmetic::kInt8Dot:
+      return "int8 dot";
+    case Arithmetic::kBf16Amx:
+      return "bf16 AMX";
+    case Arithmetic::kInt8Amx:
+      return "int8 AMX";
+  }
+  return "unknown";
+}
+
+Peaks measure_peaks(int threads) {
+  active_instruction_set();  // what the float loop is dispatched on
+  Peaks peaks;
+  for (const Arithmetic arithmetic : kArithmetics) {
+    const PeakLoop loop =
+        arithmetic == Arithmetic::kFloat ? HWY_DYNAMIC_DISPATCH(fma_loop) : find_dot_loop(arithmetic);
+    if (loop != nullptr) peaks.gops[static_cast<std::size_t>(arithmetic)] = measure_loop(threads, loop);
+  }
+  peaks.read_gbytes = measure_read(threads);
+  return peaks;
 }
 
 }  // namespace msa::bench

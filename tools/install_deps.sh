@@ -11,7 +11,7 @@ packages=(
   libhwy-dev                             # Highway: vector kernels
   libpcre2-dev                           # tokenizer
   nlohmann-json3-dev libcli11-dev libfmt-dev
-  libgtest-dev
+  libgtest-dev libbenchmark-dev
   python3 python3-venv
 )
 missing=()

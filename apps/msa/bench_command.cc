@@ -1,87 +1,253 @@
 // SPDX-License-Identifier: Apache-2.0
-// `msa bench`: speed of each operator and of a layer's attention against torch, as fractions of the measured peaks. Tested
-// in tests/integration/test_cli.py (that it runs and prints, never how fast).
+// `msa bench`: speed of each operator and of a layer's attention against torch and against our own dense attention, as
+// fractions of the machine's measured peaks; a table, JSON, and a picture. Ctrl-C prints what there is. Tested in
+// tests/integration/test_cli.py (that it runs and prints, never how fast).
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <csignal>
 #include <cstdio>
+#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "apps/msa/commands.h"
 #include "bench/op_bench.h"
+#include "bench/plot.h"
+#include "msa/error.h"
 
 namespace msa::app {
 namespace {
 
+struct BenchFlags {
+  bench::OpBenchOptions options;
+  std::string geometry;
+  std::string plot;
+  bool json = false;
+};
+
+// The first interrupt ends the run after the measurement that is under way, a second one ends the program.
+volatile std::sig_atomic_t interrupted = 0;
+class InterruptGuard {
+ public:
+  InterruptGuard() {
+    interrupted = 0;
+    previous_ = std::signal(SIGINT, [](int) {
+      interrupted = 1;
+      std::signal(SIGINT, SIG_DFL);
+    });
+  }
+  ~InterruptGuard() { std::signal(SIGINT, previous_); }
+  InterruptGuard(const InterruptGuard&) = delete;
+  InterruptGuard& operator=(const InterruptGuard&) = delete;
+
+ private:
+  void (*previous_)(int) = SIG_DFL;
+};
+constexpr int kInterruptedStatus = 128 + SIGINT;
+
 void print_json(const bench::OpBenchOptions& options, const bench::OpBenchResult& result) {
   nlohmann::ordered_json json;
-  json["machine"] = {{"threads", result.threads},
-                     {"instruction_set", result.instruction_set},
-                     {"fma_gflops", result.fma_gflops},
-                     {"read_gbytes", result.read_gbytes}};
+  json["machine"] = {{"threads", result.threads}, {"instruction_set", result.instruction_set}};
+  for (const bench::Arithmetic arithmetic : bench::kArithmetics) {
+    const double peak = result.peaks.of(arithmetic);
+    json["machine"]["peak_gops"][bench::arithmetic_name(arithmetic)] =
+        peak > 0 ? nlohmann::ordered_json(peak) : nlohmann::ordered_json(nullptr);
+  }
+  json["machine"]["read_gbytes"] = result.peaks.read_gbytes;
   json["torch"] = result.torch_version;
+  json["interrupted"] = result.interrupted;
   json["shape"] = {{"query_heads", options.query_heads}, {"kv_heads", options.kv_heads},
                    {"head_dim", options.head_dim},       {"index_dim", options.index_dim},
                    {"block_size", options.block_size},   {"topk", options.topk},
                    {"queries", options.queries},         {"dtype", options.dtype}};
+  json["rows"] = nlohmann::ordered_json::array();
   for (const bench::OpBenchRow& row : result.rows) {
-    json["rows"].push_back({{"name", row.name},
-                            {"context", row.context},
-                            {"seconds", row.seconds},
-                            {"gflops", row.flops / row.seconds * 1e-9},
-                            {"peak_fraction", row.peak_fraction},
-                            {"bound", row.memory_bound ? "memory" : "compute"},
-                            {"speedup", row.speedup > 0 ? nlohmann::ordered_json(row.speedup) : nullptr}});
+    nlohmann::ordered_json entry = {{"section", row.section},
+                                    {"name", row.name},
+                                    {"context", row.context},
+                                    {"queries", row.queries},
+                                    {"threads", row.threads},
+                                    {"runs", row.runs},
+                                    {"seconds", row.seconds},
+                                    {"seconds_per_query", row.seconds / static_cast<double>(row.queries)},
+                                    {"gops", row.operations / row.seconds * 1e-9},
+                                    {"gbytes_per_second", row.bytes / row.seconds * 1e-9},
+                                    {"bytes", row.bytes}};
+    if (!row.peak.empty()) {
+      entry["peak"] = row.peak;
+      entry["peak_fraction"] = row.peak_fraction;
+      entry["bound"] = row.memory_bound ? "memory" : "compute";
+    }
+    entry["speedups"] = nlohmann::ordered_json::object();
+    for (const bench::Speedup& speedup : row.speedups) entry["speedups"][speedup.peer] = speedup.factor;
+    if (row.flop_ratio > 0) entry["flop_ratio"] = row.flop_ratio;
+    json["rows"].push_back(std::move(entry));
   }
   fmt::print("{}\n", json.dump(2));
 }
 
-void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& result) {
-  fmt::print("{} query / {} kv heads, head dim {}, block size {}, topk {}, last {} queries, {}\n", o.query_heads,
-             o.kv_heads, o.head_dim, o.block_size, o.topk, o.queries, o.dtype);
-  fmt::print("{} threads, {}: peak {:.0f} GFLOP/s float32 multiply-add, {:.1f} GB/s read; torch {}\n", result.threads,
-             result.instruction_set, result.fma_gflops, result.read_gbytes, result.torch_version);
-  std::int64_t context = -1;
-  for (const bench::OpBenchRow& row : result.rows) {
-    if (row.context != context) {
-      context = row.context;
-      fmt::print("\ncontext {:<30} {:>10}  {:>9}  {:>14}  {:>8}\n", context, "ms", "GFLOP/s", "of peak", "vs torch");
+std::string format_seconds(double seconds) {
+  if (seconds >= 1) return fmt::format("{:.2f} s ", seconds);
+  return seconds >= 1e-3 ? fmt::format("{:.2f} ms", seconds * 1e3) : fmt::format("{:.1f} us", seconds * 1e6);
+}
+
+// A peer's name as the head of a column.
+std::string format_peer(const std::string& peer) {
+  const auto has = [&](const char* part) { return peer.find(part) != std::string::npos; };
+  if (has("torch sdpa")) return has("bfloat16") ? "torch bf16" : "torch f32";
+  return peer == "dense_attention" ? "own dense (FLOPs)" : peer;
+}
+
+std::string describe_section(const bench::OpBenchRow& row) {
+  if (row.section == "top-k") return "Top-k alone (rows, blocks)";
+  if (row.section == "decode") return fmt::format("Decode, one token behind {}", row.context);
+  const std::string rows = row.queries == row.context ? fmt::format("all of {} tokens", row.context)
+                                                      : fmt::format("last {} of {} tokens", row.queries, row.context);
+  if (row.section == "training") return "Training, " + rows;
+  return (row.section == "threads" ? "One thread and all, " : "Prefill, ") + rows;
+}
+
+constexpr std::size_t kNameWidth = 38;
+
+void print_section(const std::vector<const bench::OpBenchRow*>& rows) {
+  std::vector<std::string> peers;
+  for (const bench::OpBenchRow* row : rows) {
+    for (const bench::Speedup& speedup : row->speedups) {
+      const std::string peer = format_peer(speedup.peer);
+      if (std::find(peers.begin(), peers.end(), peer) == peers.end()) peers.push_back(peer);
     }
-    fmt::print("  {:<36} {:>10.2f}  {:>9.1f}  {:>4.0f} % {:<7}  {:>8}\n", row.name, row.seconds * 1e3,
-               row.flops / row.seconds * 1e-9, row.peak_fraction * 100, row.memory_bound ? "memory" : "compute",
-               row.speedup > 0 ? fmt::format("{:.2f}x", row.speedup) : "");
+  }
+  fmt::print("\n{}\n", describe_section(*rows[0]));
+  fmt::print("  {:<{}} {:>10} {:>8} {:>7}  {:<24}", "", kNameWidth, "time", "Gop/s", "GB/s", "of peak");
+  for (const std::string& peer : peers) fmt::print("  {:>12}", "vs " + peer);
+  fmt::print("\n");
+  for (const bench::OpBenchRow* row : rows) {
+    std::string name = row->name;
+    if (row->section == "threads") name += row->threads == 1 ? ", 1 thread" : fmt::format(", {} threads", row->threads);
+    const auto rate = [&](double amount) {
+      return amount > 0 ? fmt::format("{:.{}f}", amount / row->seconds * 1e-9, amount / row->seconds < 1e10 ? 1 : 0) : "";
+    };
+    std::string line =
+        fmt::format("  {:<{}} {:>10} {:>8} {:>7}  {:<24}", name, kNameWidth, format_seconds(row->seconds),
+                    rate(row->operations), rate(row->bytes),
+                    row->peak.empty() ? "" : fmt::format("{:>3.0f} % {}", row->peak_fraction * 100, row->peak));
+    for (const std::string& peer : peers) {
+      std::string cell;
+      for (const bench::Speedup& speedup : row->speedups) {
+        if (format_peer(speedup.peer) != peer) continue;
+        cell = fmt::format("{:.{}f}x", speedup.factor, speedup.factor < 10 ? 2 : 1);
+        if (speedup.peer == "dense_attention" && row->flop_ratio > 0) cell += fmt::format(" ({:.1f}x)", row->flop_ratio);
+      }
+      line += fmt::format("  {:>{}}", cell, std::max<std::size_t>(12, peer.size() + 3));
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    fmt::print("{}\n", line);
+  }
+}
+
+void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& result) {
+  fmt::print("{} query / {} kv heads, head dim {}, index dim {}, block size {}, topk {}, {}\n", o.query_heads, o.kv_heads,
+             o.head_dim, o.index_dim, o.block_size, o.topk, o.dtype);
+  fmt::print("{} threads, instruction set {}, torch {}\n", result.threads, result.instruction_set, result.torch_version);
+  fmt::print("measured peaks, Gop/s:");
+  for (const bench::Arithmetic arithmetic : bench::kArithmetics) {
+    const double peak = result.peaks.of(arithmetic);
+    fmt::print("  {} {}", bench::arithmetic_name(arithmetic), peak > 0 ? fmt::format("{:.0f}", peak) : "none");
+  }
+  fmt::print(";  read {:.1f} GB/s\n", result.peaks.read_gbytes);
+  for (std::size_t i = 0; i < result.rows.size();) {
+    std::vector<const bench::OpBenchRow*> section;
+    const bench::OpBenchRow& first = result.rows[i];
+    while (i < result.rows.size() && result.rows[i].section == first.section &&
+           (first.section == "top-k" ||
+            (result.rows[i].context == first.context && result.rows[i].queries == first.queries))) {
+      section.push_back(&result.rows[i++]);
+    }
+    print_section(section);
+  }
+  fmt::print(
+      "\nof peak: the least time that the row's operations, or the bytes it must read, take at the measured peaks, over its "
+      "time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over those of MSA, "
+      "whole pass.\n");
+}
+
+// What --geometry stands for; single options given beside it win.
+void apply_geometry(const CLI::App& command, BenchFlags& flags) {
+  const bool small = flags.geometry == "smollm2";
+  const auto set = [&](const char* option, std::int64_t& value, std::int64_t preset) {
+    if (command.get_option(option)->count() == 0) value = preset;
+  };
+  bench::OpBenchOptions& o = flags.options;
+  set("--query-heads", o.query_heads, small ? 9 : 64);
+  set("--kv-heads", o.kv_heads, small ? 3 : 4);
+  set("--head-dim", o.head_dim, small ? 64 : 128);
+  set("--index-dim", o.index_dim, small ? 64 : 128);
+  set("--block-size", o.block_size, small ? 64 : 128);
+  set("--topk", o.topk, 16);
+}
+
+void run_bench(const BenchFlags& flags) {
+  const bench::OpBenchOptions& options = flags.options;
+  std::ofstream plot;
+  if (!flags.plot.empty()) {  // told now, not after minutes of timing
+    if (options.op != "all" && options.op != "layer") throw Error("bench: --plot: needs the op layer, or all");
+    plot.open(flags.plot);
+    if (!plot) throw Error("bench: --plot: cannot write '" + flags.plot + "'");
+  }
+  const InterruptGuard guard;
+  bench::OpBenchHooks hooks;
+  hooks.progress = [](const std::string& what) { fmt::print(stderr, "timing {}\n", what); };
+  hooks.should_stop = [] { return interrupted != 0; };
+  const bench::OpBenchResult result = bench::run_op_bench(options, hooks);
+  flags.json ? print_json(options, result) : print_table(options, result);
+  if (result.interrupted) {
+    std::fflush(stdout);
+    fmt::print(stderr, "bench: interrupted; the rows above are complete, others are missing\n");
+    throw CLI::RuntimeError(kInterruptedStatus);
+  }
+  if (!flags.plot.empty()) {
+    plot << bench::plot_prefill(options, result);
+    plot.close();
+    if (!plot) throw Error("bench: --plot: could not write all of '" + flags.plot + "'");
+    fmt::print(stderr, "wrote {}\n", flags.plot);
   }
 }
 
 }  // namespace
 
 void add_bench_command(CLI::App& app) {
-  auto options = std::make_shared<bench::OpBenchOptions>();
-  auto json = std::make_shared<bool>(false);
+  auto flags = std::make_shared<BenchFlags>();
+  bench::OpBenchOptions* options = &flags->options;
   CLI::App* command = app.add_subcommand("bench", "speed of the operators against torch on this machine");
   std::vector<std::string> ops = bench::op_names();
   ops.push_back("all");
   command->add_option("op", options->op, "what to time")->check(CLI::IsMember(ops))->capture_default_str();
   command->add_option("--context", options->contexts, "context lengths")->delimiter(',')->capture_default_str();
   command->add_option("--queries", options->queries, "query rows, the last of the context")->capture_default_str();
+  command->add_option("--geometry", flags->geometry, "heads, dimensions and blocks of MiniMax-M3 or of SmolLM2-135M")
+      ->check(CLI::IsMember({"m3", "smollm2"}));
   command->add_option("--query-heads", options->query_heads)->capture_default_str();
   command->add_option("--kv-heads", options->kv_heads)->capture_default_str();
   command->add_option("--head-dim", options->head_dim)->capture_default_str();
   command->add_option("--index-dim", options->index_dim)->capture_default_str();
   command->add_option("--block-size", options->block_size)->capture_default_str();
   command->add_option("--topk", options->topk)->capture_default_str();
-  command->add_option("--dtype", options->dtype)
+  command->add_option("--dtype", options->dtype, "storage of our tensors; torch is timed in bfloat16 and float32")
       ->check(CLI::IsMember({"float32", "bfloat16", "float16"}))
       ->capture_default_str();
   command->add_option("--threads", options->threads, "0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
   command->add_option("--repeats", options->repeats, "timed runs; the median counts")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
-  command->add_flag("--json", *json, "print JSON");
-  command->callback([options, json] {
-    const auto progress = [](const std::string& what) { fmt::print(stderr, "timing {}\n", what); };
-    const bench::OpBenchResult result = bench::run_op_bench(*options, progress);
-    *json ? print_json(*options, result) : print_table(*options, result);
+  command->add_option("--budget", options->budget_seconds, "seconds after which a row is not repeated")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--plot", flags->plot, "write a picture (SVG) of time against context");
+  command->add_flag("--json", flags->json, "print JSON");
+  command->callback([flags, command] {
+    if (!flags->geometry.empty()) apply_geometry(*command, *flags);
+    run_bench(*flags);
   });
 }
 

@@ -3,7 +3,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import xml.etree.ElementTree
 
 import pytest
 
@@ -82,16 +84,84 @@ def test_check_prints_a_table(msa):
     assert "sparse_attention.out" in result.stdout and " 0 failed" in result.stdout
 
 
-def test_bench_prints_figures(msa):
-    shape = ["--context", "1024", "--queries", 64, "--query-heads", 4, "--kv-heads", 2, "--head-dim", 64, "--index-dim", 64,
-             "--block-size", 64, "--topk", 4, "--repeats", 1]
-    report = json.loads(msa("bench", *shape, "--json").stdout)
-    names = [row["name"] for row in report["rows"]]
-    assert any(name.startswith("torch sdpa") for name in names) and "select_blocks" in names
-    assert all(row["seconds"] > 0 for row in report["rows"])
-    assert report["machine"]["fma_gflops"] > 0 and report["machine"]["read_gbytes"] > 0
-    text = msa("bench", "select_blocks", *shape).stdout
-    assert "of peak" in text
+BENCH_SHAPE = ["--queries", 64, "--query-heads", 4, "--kv-heads", 2, "--head-dim", 64, "--index-dim", 64, "--block-size", 64,
+               "--topk", 4, "--repeats", 1]
+
+
+def test_bench_times_everything_against_its_peers(msa, tmp_path):
+    plot = tmp_path / "plot.svg"
+    result = msa("bench", *BENCH_SHAPE, "--context", "512,1024", "--json", "--plot", plot)
+    report = json.loads(result.stdout)
+    machine = report["machine"]
+    assert machine["read_gbytes"] > 0 and machine["peak_gops"]["float32"] > 0
+    assert set(machine["peak_gops"]) == {"float32", "bf16 dot", "int8 dot", "bf16 AMX", "int8 AMX"}
+    assert report["interrupted"] is False and "timing" in result.stderr
+    rows = {(row["section"], row["name"], row["context"], row["threads"]): row for row in report["rows"]}
+    for row in report["rows"]:
+        assert row["seconds"] > 0 and row["runs"] >= 1 and all(factor > 0 for factor in row["speedups"].values())
+        if "peak" in row:  # read, or the arithmetics that the machine has
+            assert row["peak_fraction"] > 0
+            for name in row["peak"].split(" + "):
+                assert name == "read" or machine["peak_gops"][name] > 0, row
+    for context in (512, 1024):
+        layer = rows["prefill", "msa layer (select + sparse)", context, machine["threads"]]
+        assert layer["speedups"].keys() == {"torch sdpa bfloat16", "torch sdpa float32", "dense_attention"}
+        torch = rows["prefill", "torch sdpa bfloat16", context, machine["threads"]]
+        assert layer["speedups"]["torch sdpa bfloat16"] == pytest.approx(torch["seconds"] / layer["seconds"], rel=1e-6)
+        # 2 Hq D N / (Hkv Di N + 4 Hq D k Bk), 4 heads of 64 and 2 index heads of 64, 4 blocks of 64
+        assert layer["flop_ratio"] == pytest.approx(2 * 256 * context / (128 * context + 4 * 256 * 256))
+        training = rows["training", "msa layer with KL, fwd + bwd", context, machine["threads"]]
+        assert len(training["speedups"]) == 2 and training["queries"] == context
+        assert ("decode", "msa layer (select + sparse)", context, machine["threads"]) in rows
+        if machine["threads"] > 1:
+            assert ("threads", "msa layer (select + sparse)", context, 1) in rows
+    assert any(name.startswith("topk_blocks") and "torch.topk" in row["speedups"] for (_, name, *_), row in rows.items())
+    svg = xml.etree.ElementTree.parse(plot).getroot()
+    text = " ".join(svg.itertext())
+    assert svg.tag.endswith("svg") and "context, tokens" in text and "MSA (select + sparse)" in text and "1K" in text
+
+
+def test_bench_prints_a_table(msa):
+    text = msa("bench", "layer", *BENCH_SHAPE, "--context", 1024).stdout
+    assert "of peak" in text and "vs torch bf16" in text and "msa layer" in text and "read" in text
+
+
+def test_bench_geometry_is_a_preset_that_options_override(msa):
+    arguments = ["bench", "select_blocks", "--geometry", "smollm2", "--context", 512, "--queries", 16, "--repeats", 1, "--json"]
+    shape = json.loads(msa(*arguments, "--topk", 5).stdout)["shape"]
+    assert [shape[key] for key in ("query_heads", "kv_heads", "head_dim", "block_size", "topk")] == [9, 3, 64, 64, 5]
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (["--context", 100], "context 100"),
+        (["--query-heads", 5], "query heads 5"),
+        (["--head-dim", 40], "head and index dimensions"),
+        (["--block-size", 24], "block size 24"),
+        (["--topk", 65], "topk 65"),
+        (["--plot", "/nowhere/plot.svg"], "/nowhere/plot.svg"),
+        (["decode", "--plot", "plot.svg"], "--plot"),
+    ],
+)
+def test_bench_refuses_by_name(msa, arguments, named):
+    result = msa("bench", *arguments)
+    assert result.returncode == 1 and named in result.stderr and result.stdout == ""
+
+
+def test_bench_prints_what_there_is_when_interrupted():
+    from conftest import MSA
+
+    command = [str(MSA), "bench", "topk_blocks", "--repeats", "1000", "--budget", "1000", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "topk_blocks (4096, 1024)" in line:  # torch.topk of that shape is done
+                break
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate()
+    assert process.returncode in (2, 130) and "interrupted" in error
+    report = json.loads(out)
+    assert report["interrupted"] is True and report["rows"][0]["name"].startswith("torch.topk")
 
 
 def test_output_to_a_full_disk_is_an_error(msa):

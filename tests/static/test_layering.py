@@ -28,7 +28,7 @@ ALLOWED = {
 # Third-party headers a layer may use, besides the standard library and POSIX.
 THIRD_PARTY = {
     "src/cpu": {"hwy"},
-    "bench": {"hwy", "ATen", "c10", "torch"},
+    "bench": {"hwy", "ATen", "c10", "torch", "benchmark"},
     "src/model/files": {"nlohmann", "pcre2.h"},
     "src/model": {"ATen", "c10", "torch", "nlohmann"},
     "bindings/torch": {"ATen", "c10", "torch"},
