@@ -9,7 +9,6 @@
 #include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/tile.h"
-#include "src/cpu/topk.h"
 
 namespace msa::cpu {
 
@@ -86,29 +85,6 @@ ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int
   return plan_chunks(op, shape.queries, shape.kv_heads, chunk, least, threads, workspace_limit,
                      [&](std::int64_t c) { return bytes_of(lay_out_attention(shape, c).end); }, 0,
                      shape.has_bf16_dots && !is_dense ? 2 : 4);
-}
-
-SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk) {
-  const std::int64_t rows = chunk * shape.kv_heads;
-  SelectionLayout layout;
-  LayoutCursor cursor;
-  layout.queries = cursor.take(rows * shape.index_dim);
-  layout.keys = cursor.take(shape.index_dim * padded_stride(shape.block_size));
-  layout.scores = cursor.take(kScoreRows * padded_stride(shape.block_size));
-  layout.best = cursor.take(rows * 2 * shape.topk);
-  layout.rows = cursor.take(floats_for(rows, sizeof(RowTopk)));
-  layout.end = cursor.end();
-  return layout;
-}
-
-ChunkPlan plan_selection(const std::string& op, const SelectionShape& shape, int threads,
-                         std::size_t workspace_limit) {
-  // Every block passes all rows of the chunk: they should lie in half an L2 cache.
-  const std::int64_t state = std::int64_t{1} << 17;  // floats
-  const std::int64_t least = 16;
-  const std::int64_t chunk = std::max(least, state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk)));
-  return plan_chunks(op, shape.queries, 1, chunk, least, threads, workspace_limit,
-                     [&](std::int64_t c) { return bytes_of(lay_out_selection(shape, c).end); });
 }
 
 BlockMassLayout lay_out_block_mass(const BlockMassShape& shape, std::int64_t chunk) {

@@ -79,27 +79,6 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
 /// Throws msa::Error when not even one query at a time on one thread fits `workspace_limit` (0: no limit).
 ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int threads, std::size_t workspace_limit);
 
-struct SelectionShape {
-  QueryCounts queries;
-  std::int64_t kv_heads = 1;
-  std::int64_t index_dim = 0;
-  std::int64_t block_size = 0;
-  std::int64_t topk = 0;
-};
-
-/// As AttentionLayout, for select_blocks.
-struct SelectionLayout {
-  std::int64_t queries = 0;  ///< [chunk * kv_heads, index_dim]
-  std::int64_t keys = 0;     ///< [index_dim, padded_stride(block_size)]
-  std::int64_t scores = 0;   ///< [kScoreRows, padded_stride(block_size)]
-  std::int64_t best = 0;     ///< int32 [chunk * kv_heads, 2, topk], order keys and ids of the blocks taken so far
-  std::int64_t rows = 0;     ///< RowTopk [chunk * kv_heads]
-  std::int64_t end = 0;
-};
-SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
-
-ChunkPlan plan_selection(const std::string& op, const SelectionShape& shape, int threads, std::size_t workspace_limit);
-
 struct BlockMassShape {
   QueryCounts queries;
   std::int64_t kv_heads = 1;

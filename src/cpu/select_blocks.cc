@@ -1,40 +1,237 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plans and starts select_blocks on the instruction set in use; how it works: select_blocks-inl.h.
+// Plans and starts select_blocks on the instruction set in use; how it works: select_blocks-inl.h and screen-inl.h.
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "src/cpu/select_blocks-inl.h"
+#define HWY_TARGET_INCLUDE "src/cpu/screen-inl.h"
 // clang-format off: every set is compiled by this include, the last one by the next.
 #include "src/cpu/targets.h"
-#include "src/cpu/select_blocks-inl.h"
+#include "src/cpu/screen-inl.h"
 // clang-format on
 
 #if HWY_ONCE
 
+#include <algorithm>
+#include <vector>
+
+#include "src/core/buffer.h"
 #include "src/core/threads.h"
 #include "src/cpu/instruction_set.h"
+#include "src/cpu/int8_dot.h"
 #include "src/cpu/operators.h"
-#include "src/cpu/run_plan.h"
+#include "src/cpu/screen.h"
+#include "src/cpu/select_blocks_plan.h"
+#include "src/cpu/select_choices.h"
 
 namespace msa::cpu {
+namespace {
 
 HWY_EXPORT(select_chunk);
+HWY_EXPORT(select_chunk_screened);
+HWY_EXPORT(quantise_blocks);
+HWY_EXPORT(score_span);
+HWY_EXPORT(select_scored_row);
+
+// Screening costs a pass over the rows and their lists; below these it does not pay (docs/select-blocks.md).
+constexpr std::int64_t kLeastBlocksPerSlot = 4;
+
+class Selection {
+ public:
+  Selection(const Context& context, const SelectBlocksParams& params, const TensorView& blocks)
+      : context_(context),
+        params_(params),
+        blocks_(blocks),
+        threads_(core::resolve_threads(context.threads)),
+        dot_(active_int8_dot()),
+        screening_(active_screening()),
+        is_many_(static_cast<std::size_t>(params.batch.sequences()), true) {
+    shape_.kv_heads = params.q_idx.size(1);
+    shape_.index_dim = params.q_idx.size(2);
+    shape_.block_size = params.block_size;
+    shape_.topk = params.topk;
+  }
+
+  void run() {
+    select_few();
+    select_many();
+  }
+
+ private:
+  Choices choices_of(std::int64_t s) const { return {params_, core::get_sequence(params_.batch, s)}; }
+  /// Blocks that some query of the sequence chooses from lie in [begin, end).
+  static std::int64_t end_of(const Choices& choices) {
+    const std::int64_t queries = choices.sequence().queries;
+    return queries == 0 ? 0 : std::max(choices.begin(), choices.end(queries - 1));
+  }
+
+  /// Sequences with few rows: a pass that scores blocks, a span of them a task, and one that ranks.
+  void select_few() {
+    struct Few {
+      std::int64_t sequence = 0;
+      std::int64_t rows = 0;
+      std::int64_t begin = 0;
+      std::int64_t blocks = 0;
+      std::int64_t scores = 0;  // where its scores start
+    };
+    std::vector<Few> few;
+    std::int64_t largest = 0;
+    std::int64_t all = 0;
+    for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
+      const Choices choices = choices_of(s);
+      const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
+      if (rows == 0 || rows > kFewRows) continue;
+      few.push_back({s, rows, choices.begin(), std::max<std::int64_t>(0, end_of(choices) - choices.begin()), 0});
+      largest = std::max(largest, rows * few.back().blocks);
+      all += rows * few.back().blocks;
+    }
+    if (few.empty()) return;
+    const SpanPlan plan = plan_spans(shape_, largest, all, threads_, context_.workspace_limit);
+    if (plan.score_floats < largest) return;  // not in this workspace: chunks
+    for (const Few& f : few) is_many_[static_cast<std::size_t>(f.sequence)] = false;
+
+    const SpanLayout layout = lay_out_span(shape_);
+    const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
+    core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
+    core::Buffer<float> scores(static_cast<std::size_t>(plan.score_floats));
+    const auto scratch_of = [&](int worker) { return scratch.data() + worker_floats * static_cast<std::size_t>(worker); };
+    const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
+    const auto score = HWY_DYNAMIC_DISPATCH(score_span);
+    const auto select = HWY_DYNAMIC_DISPATCH(select_scored_row);
+    struct Task {
+      const Few* few = nullptr;
+      std::int64_t first = 0;  // block, or row
+    };
+    for (std::size_t at = 0; at < few.size();) {
+      // As many sequences as the scores have room for.
+      std::vector<Task> spans;
+      std::vector<Task> rows;
+      for (std::int64_t used = 0; at < few.size() && used + few[at].rows * few[at].blocks <= plan.score_floats; ++at) {
+        few[at].scores = used;
+        used += few[at].rows * few[at].blocks;
+        for (std::int64_t b = 0; b < few[at].blocks; b += span) spans.push_back({&few[at], few[at].begin + b});
+        for (std::int64_t r = 0; r < few[at].rows; ++r) rows.push_back({&few[at], r});
+      }
+      core::parallel_for(plan.workers, static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
+        const auto& [f, first] = spans[static_cast<std::size_t>(task)];
+        score(params_, layout, f->sequence, first, std::min(first + span, f->begin + f->blocks), scratch_of(worker),
+              scores.data() + f->scores, f->blocks);
+      });
+      // Ranking is short work: a thread for it must find more than it costs to start.
+      constexpr std::int64_t kScoresPerThread = 1 << 15;
+      std::int64_t ranked = 0;
+      for (const Task& task : rows) ranked += task.few->blocks;
+      const auto workers = std::clamp<std::int64_t>(ranked / kScoresPerThread, 1, plan.workers);
+      core::parallel_for(static_cast<int>(workers), static_cast<std::int64_t>(rows.size()),
+                         [&](std::int64_t task, int worker) {
+                           const auto& [f, row] = rows[static_cast<std::size_t>(task)];
+                           select(params_, f->sequence, row, scores.data() + f->scores + row * f->blocks,
+                                  reinterpret_cast<std::int32_t*>(scratch_of(worker) + layout.best), blocks_);
+                         });
+    }
+  }
+
+  bool should_screen(std::int64_t candidates) const {
+    if (screening_ == Screening::kAlways) return true;
+    return screening_ == Screening::kAuto && dot_.is_fast && candidates >= kLeastBlocksPerSlot * params_.topk;
+  }
+
+  /// Sequences with many rows: a chunk of queries a task.
+  void select_many() {
+    for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
+      if (!is_many_[static_cast<std::size_t>(s)]) continue;
+      const Choices choices = choices_of(s);
+      shape_.queries.total += choices.sequence().queries;
+      shape_.queries.longest = std::max(shape_.queries.longest, choices.sequence().queries);
+      const std::int64_t candidates = end_of(choices) - choices.begin();
+      if (candidates > 0 && should_screen(candidates)) shape_.screen_blocks += candidates;
+    }
+    if (shape_.queries.total == 0) return;
+    if (shape_.screen_blocks != 0) {
+      shape_.screen_dim = (shape_.index_dim + dot_.dim_multiple - 1) / dot_.dim_multiple * dot_.dim_multiple;
+    }
+    const SelectionPlan plan = plan_selection("select_blocks", shape_, threads_, context_.workspace_limit);
+    const SelectionLayout layout = lay_out_selection(shape_, plan.chunk);
+    const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
+    core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
+    const auto scratch_of = [&](int worker) { return scratch.data() + worker_floats * static_cast<std::size_t>(worker); };
+    std::vector<QueryChunk> chunks = cut_queries(params_.batch, plan.chunk);
+    std::erase_if(chunks, [&](const QueryChunk& c) { return !is_many_[static_cast<std::size_t>(c.sequence)]; });
+
+    core::Buffer<std::uint8_t> shared_keys(
+        static_cast<std::size_t>(plan.shared_blocks * shape_.block_size * shape_.screen_dim));
+    core::Buffer<BlockBounds> shared_bounds(static_cast<std::size_t>(plan.shared_blocks));
+    const std::vector<SharedBlocks> shared =
+        share_blocks(plan, layout, scratch_of, shared_keys.data(), shared_bounds.data());
+    const auto select = HWY_DYNAMIC_DISPATCH(select_chunk);
+    const auto select_screened = HWY_DYNAMIC_DISPATCH(select_chunk_screened);
+    core::parallel_for(plan.workers, static_cast<std::int64_t>(chunks.size()), [&](std::int64_t task, int worker) {
+      const QueryChunk& chunk = chunks[static_cast<std::size_t>(task)];
+      const Choices choices = choices_of(chunk.sequence);
+      const std::int64_t candidates = choices.end(chunk.end - 1) - choices.begin();
+      if (candidates > 0 && should_screen(candidates)) {
+        select_screened(params_, layout, dot_, shape_.screen_dim, shared[static_cast<std::size_t>(chunk.sequence)], chunk,
+                        scratch_of(worker), blocks_);
+      } else {
+        select(params_, layout, chunk, scratch_of(worker), blocks_);
+      }
+    });
+  }
+
+  /// Quantises as many candidate blocks as the plan shares, all threads at it; what each sequence got.
+  template <class ScratchOf>
+  std::vector<SharedBlocks> share_blocks(const SelectionPlan& plan, const SelectionLayout& layout,
+                                         const ScratchOf& scratch_of, std::uint8_t* keys, BlockBounds* bounds) const {
+    std::vector<SharedBlocks> shared(is_many_.size());
+    if (plan.shared_blocks == 0) return shared;
+    struct Task {
+      std::int64_t sequence = 0;
+      std::int64_t first = 0;
+      std::int64_t last = 0;
+      std::int64_t at = 0;  // where in shared memory
+    };
+    std::vector<Task> tasks;
+    const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
+    const std::int64_t block_bytes = shape_.block_size * shape_.screen_dim;
+    std::int64_t used = 0;
+    for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
+      if (!is_many_[static_cast<std::size_t>(s)]) continue;
+      const Choices choices = choices_of(s);
+      const std::int64_t candidates = end_of(choices) - choices.begin();
+      if (candidates <= 0 || !should_screen(candidates)) continue;
+      // The last block may be there in part.
+      const std::int64_t whole =
+          std::min(end_of(choices), (choices.position(choices.sequence().queries - 1) + 1) / shape_.block_size);
+      const std::int64_t count = std::min(whole - choices.begin(), plan.shared_blocks - used);
+      if (count <= 0) continue;
+      shared[static_cast<std::size_t>(s)] = {keys + used * block_bytes, bounds + used, choices.begin(), count};
+      for (std::int64_t b = 0; b < count; b += span) {
+        tasks.push_back({s, choices.begin() + b, choices.begin() + std::min(count, b + span), used + b});
+      }
+      used += count;
+    }
+    const auto quantise = HWY_DYNAMIC_DISPATCH(quantise_blocks);
+    core::parallel_for(plan.workers, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
+      const Task& task = tasks[static_cast<std::size_t>(i)];
+      quantise(params_, task.sequence, task.first, task.last, shape_.screen_dim, scratch_of(worker) + layout.keys,
+               keys + task.at * block_bytes, bounds + task.at);
+    });
+    return shared;
+  }
+
+  const Context& context_;
+  const SelectBlocksParams& params_;
+  const TensorView& blocks_;
+  int threads_;
+  Int8Dot dot_;
+  Screening screening_;
+  std::vector<char> is_many_;
+  SelectionShape shape_;
+};
+
+}  // namespace
 
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
   ensure_instruction_set();
   clear_padding_rows(blocks, core::total_queries(params.batch));
-  SelectionShape shape;
-  shape.queries = count_queries(params.batch);
-  shape.kv_heads = params.q_idx.size(1);
-  shape.index_dim = params.q_idx.size(2);
-  shape.block_size = params.block_size;
-  shape.topk = params.topk;
-  const ChunkPlan plan =
-      plan_selection("select_blocks", shape, core::resolve_threads(context.threads), context.workspace_limit);
-  const SelectionLayout layout = lay_out_selection(shape, plan.chunk);
-  const auto run = HWY_DYNAMIC_DISPATCH(select_chunk);
-  // One head: a chunk's tile holds the rows of all groups.
-  run_plan(plan, params.batch, 1, [&](const QueryChunk& chunk, std::int64_t, float* scratch) {
-    run(params, layout, chunk, scratch, blocks);
-  });
+  Selection(context, params, blocks).run();
 }
 
 }  // namespace msa::cpu

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The best `slots` blocks of one row, kept while its block scores stream by in ascending order of id; and the writing of a
-// finished row (SPEC section 2, rules 1 to 4). No exponential, no sorting of all scores: a block that does not beat the
-// running threshold costs one comparison. Tested through the selection operators.
+// The best `slots` blocks of one row, kept while its block scores stream by; and the writing of a finished row (SPEC section
+// 2, rules 1 to 4). No exponential, no sorting of all scores. Tested in tests/unit/screen_test.cc and through the selection
+// operators.
 #pragma once
 
 #include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "msa/tensor.h"
 #include "src/core/layout.h"
@@ -20,43 +22,50 @@ inline std::int32_t order_key(float score) {
   return bits >= 0 ? bits : (bits == INT32_MIN ? 0 : bits ^ 0x7fffffff);
 }
 
-/// Running top-k of one row, on memory of the caller: keys and ids of at least `slots` elements.
+/// Running top-k of one row, on memory of the caller: keys and ids of at least `slots` elements, kept best first. A block that
+/// does not beat the last one costs one comparison; one that does finds its place by counting what ranks before it (a loop
+/// without branches, which compilers make vectors of) and moves the rest down.
 class RowTopk {
  public:
-  RowTopk(std::int32_t* keys, std::int32_t* ids, std::int64_t slots) : keys_(keys), ids_(ids), slots_(slots) {}
+  RowTopk(std::int32_t* keys, std::int32_t* ids, std::int64_t slots)
+      : keys_(keys), ids_(ids), slots_(static_cast<std::int32_t>(slots)) {}
 
-  /// Blocks come in ascending order of id, so on equal scores the one already taken stays.
+  /// Blocks may come in any order, each once; equal scores rank by id.
   void offer(std::int32_t id, float score) {
     const std::int32_t key = order_key(score);
-    if (count_ < slots_) {
-      keys_[count_] = key;
-      ids_[count_] = id;
-      if (++count_ == slots_) find_worst();
-    } else if (slots_ > 0 && key > keys_[worst_]) {
-      keys_[worst_] = key;
-      ids_[worst_] = id;
-      find_worst();
+    if (count_ == slots_) {
+      if (count_ == 0) return;
+      const std::int32_t last = keys_[count_ - 1];
+      if (key < last || (key == last && id > ids_[count_ - 1])) return;
+      --count_;
     }
+    std::int32_t place = 0;
+    for (std::int32_t i = 0; i < count_; ++i) {
+      place += static_cast<std::int32_t>(keys_[i] > key) |
+               (static_cast<std::int32_t>(keys_[i] == key) & static_cast<std::int32_t>(ids_[i] < id));
+    }
+    const auto behind = static_cast<std::size_t>(count_ - place) * sizeof(std::int32_t);
+    std::memmove(keys_ + place + 1, keys_ + place, behind);
+    std::memmove(ids_ + place + 1, ids_ + place, behind);
+    keys_[place] = key;
+    ids_[place] = id;
+    ++count_;
+  }
+
+  /// Least order key that a block with a higher id than all so far must have to be taken.
+  std::int32_t least_key() const {
+    if (count_ < slots_) return INT32_MIN;
+    return slots_ == 0 ? INT32_MAX : keys_[count_ - 1] + 1;  // no key is INT32_MAX: +inf is 0x7f800000
   }
 
   std::int64_t count() const { return count_; }
   const std::int32_t* ids() const { return ids_; }
 
  private:
-  // The lowest score; among equal ones the highest id goes first.
-  void find_worst() {
-    worst_ = 0;
-    for (std::int64_t i = 1; i < count_; ++i) {
-      const bool worse = keys_[i] < keys_[worst_] || (keys_[i] == keys_[worst_] && ids_[i] > ids_[worst_]);
-      if (worse) worst_ = i;
-    }
-  }
-
   std::int32_t* keys_;
   std::int32_t* ids_;
-  std::int64_t slots_;
-  std::int64_t count_ = 0;
-  std::int64_t worst_ = 0;
+  std::int32_t slots_;
+  std::int32_t count_ = 0;
 };
 
 /// Slots that the forced blocks leave to the scores.

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "msa/error.h"
+#include "src/cpu/screen.h"
+#include "src/cpu/select_blocks_plan.h"
 #include "src/cpu/tile.h"
 #include "src/cpu/topk.h"
 
@@ -135,13 +137,31 @@ TEST(LayOutAttention, KeepsPartsApartWithBf16Dots) {
 }
 
 TEST(LayOutSelection, KeepsPartsApart) {
-  const SelectionShape shape = paper_selection(512);
-  const SelectionLayout at = lay_out_selection(shape, 5);
-  EXPECT_GE(at.keys - at.queries, 5 * 4 * 128);
-  EXPECT_GE(at.scores - at.keys, 128 * padded_stride(128));
-  EXPECT_GE(at.best - at.scores, kScoreRows * padded_stride(128));
-  EXPECT_GE(at.rows - at.best, 5 * 4 * 2 * 16);
-  EXPECT_GE((at.end - at.rows) * 4, static_cast<std::int64_t>(5 * 4 * sizeof(RowTopk)));
+  SelectionShape shape = paper_selection(512);
+  for (const std::int64_t screen_dim : {0, 128}) {
+    shape.screen_dim = screen_dim;
+    const SelectionLayout at = lay_out_selection(shape, 5);
+    EXPECT_GE(at.packed - at.queries, 5 * 4 * 128);
+    EXPECT_GE(at.keys - at.packed, 32 * 128);
+    EXPECT_GE(at.scores - at.keys, 128 * 128);
+    EXPECT_GE(at.best - at.scores, 128 * kStripRows);
+    EXPECT_GE(at.rows - at.best, 5 * 4 * 2 * 16);
+    EXPECT_GE((at.limits - at.rows) * 4, static_cast<std::int64_t>(5 * 4 * sizeof(RowTopk)));
+    EXPECT_GE(at.least - at.limits, 5 * 4);
+    EXPECT_GE(at.row_ids - at.least, 32);
+    if (screen_dim == 0) {
+      EXPECT_GE(at.end - at.row_ids, 5 * 4);
+      continue;
+    }
+    EXPECT_GE(at.row_keys - at.row_ids, 5 * 4);
+    EXPECT_GE((at.row_bounds - at.row_keys) * 4, 32 * 128);
+    EXPECT_GE(at.lower - at.row_bounds, 8 * 32);
+    EXPECT_GE(at.candidates - at.lower, 5 * 4 * 16);
+    EXPECT_GE((at.visits - at.candidates) * 4,
+              static_cast<std::int64_t>(sizeof(Candidate)) * 5 * 4 * candidate_capacity(16));
+    EXPECT_GE((at.block_keys - at.visits) * 4, 8 * 5 * 4 * candidate_capacity(16));
+    EXPECT_GE((at.end - at.block_keys) * 4, 128 * 128);
+  }
 }
 
 TEST(PaddedStride, IsAnOddNumberOfCacheLines) {

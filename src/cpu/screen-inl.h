@@ -1,0 +1,493 @@
+// SPDX-License-Identifier: Apache-2.0
+// Screened selection (docs/select-blocks.md): a chunk's rows against int8 copies of the keys, an error bound a row and block,
+// and exact scores only for the blocks that the bounds leave in doubt. The selection is that of select_chunk, bit for bit:
+// the bounds hold for what its arithmetic rounds to, and the exact scores are its own. Tested in tests/unit/screen_test.cc.
+#if defined(MSA_CPU_SCREEN_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MSA_CPU_SCREEN_INL_H_
+#undef MSA_CPU_SCREEN_INL_H_
+#else
+#define MSA_CPU_SCREEN_INL_H_
+#endif
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "src/cpu/int8_dot.h"
+#include "src/cpu/screen.h"
+#include "src/cpu/select_blocks-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu {
+namespace HWY_NAMESPACE {
+
+// Keys and queries are bounded when their largest element is 0 or in this range: products of two neither overflow nor lose
+// bits to underflow that the slack below does not cover.
+inline constexpr float kLeastScreened = 0x1p-40f;
+inline constexpr float kMostScreened = 0x1p40f;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// Whether rows of this largest magnitude can be bounded; false for NaN.
+inline bool can_screen(float largest) {
+  return largest == 0 || (largest >= kLeastScreened && largest <= kMostScreened);
+}
+
+/// The largest |element|, NaN above infinity, as the bits of a float.
+inline HWY_ATTR std::int32_t largest_magnitude(const float* HWY_RESTRICT values, std::int64_t count) {
+  const FloatTag df;
+  const IntTag di;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto magnitude = hn::Set(di, 0x7fffffff);
+  auto a = hn::Zero(di);
+  auto b = a;
+  std::int64_t i = 0;
+  for (; i + 2 * lanes <= count; i += 2 * lanes) {
+    a = hn::Max(a, hn::And(hn::BitCast(di, hn::LoadU(df, values + i)), magnitude));
+    b = hn::Max(b, hn::And(hn::BitCast(di, hn::LoadU(df, values + i + lanes)), magnitude));
+  }
+  for (; i < count; i += lanes) a = hn::Max(a, hn::And(hn::BitCast(di, hn::LoadU(df, values + i)), magnitude));
+  return hn::GetLane(hn::MaxOfLanes(di, hn::Max(a, b)));
+}
+
+/// Squared norms of a row x = scale * n + e, n integers that are handed to store(n, d), a vector from dimension d on.
+struct SquaredNorms {
+  float whole = 0;
+  float integers = 0;
+  float error = 0;
+};
+template <class Store>
+HWY_INLINE HWY_ATTR SquaredNorms quantise(const float* HWY_RESTRICT x, std::int64_t dim, float scale, float inverse,
+                                          const Store& store) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto s = hn::Set(df, scale);
+  const auto inv = hn::Set(df, inverse);
+  auto whole = hn::Zero(df);
+  auto integers = whole;
+  auto error = whole;
+  for (std::int64_t d = 0; d < dim; d += lanes) {
+    const auto v = hn::LoadU(df, x + d);
+    const auto n = hn::NearestInt(hn::Mul(v, inv));
+    const auto f = hn::ConvertTo(df, n);
+    const auto e = hn::NegMulAdd(f, s, v);
+    whole = hn::MulAdd(v, v, whole);
+    integers = hn::MulAdd(f, f, integers);
+    error = hn::MulAdd(e, e, error);
+    store(n, d);
+  }
+  return {hn::GetLane(hn::SumOfLanes(df, whole)), hn::GetLane(hn::SumOfLanes(df, integers)),
+          hn::GetLane(hn::SumOfLanes(df, error))};
+}
+
+// An upper bound of a norm from its computed square: 2^-16 covers the roundings of the sum (at most 256 + 2 of 2^-24) and of
+// the root; 2^-19 of the largest element those of e, and squares that underflowed.
+inline float norm_bound(float square, float largest) {
+  return std::sqrt(square) * (1 + 0x1p-16f) + largest * 0x1p-19f;
+}
+
+/// Quantises the `count` keys of a block, rows of `dim` floats, to out[count, screen_dim], k8 + 128; bytes behind dim are
+/// 128, a 0.
+inline HWY_ATTR BlockBounds quantise_block(const float* HWY_RESTRICT keys, std::int64_t count, std::int64_t dim,
+                                           std::int64_t screen_dim, std::uint8_t* HWY_RESTRICT out) {
+  const float largest = std::bit_cast<float>(largest_magnitude(keys, count * dim));
+  BlockBounds bounds;
+  if (!can_screen(largest)) {
+    std::memset(out, 128, static_cast<std::size_t>(count * screen_dim));
+    bounds.norm = kInfinity;
+    return bounds;
+  }
+  const hn::Rebind<std::uint8_t, FloatTag> d8;
+  const IntTag di;
+  const auto bias = hn::Set(di, 128);
+  bounds.scale = largest / 127;
+  const float inverse = largest == 0 ? 0 : 127 / largest;
+  float whole = 0;
+  float error = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    std::uint8_t* to = out + j * screen_dim;
+    const SquaredNorms norms =
+        quantise(keys + j * dim, dim, bounds.scale, inverse, [&](IntVec n, std::int64_t d) HWY_ATTR {
+          hn::StoreU(hn::DemoteTo(d8, hn::Add(n, bias)), d8, to + d);
+        });
+    std::memset(to + dim, 128, static_cast<std::size_t>(screen_dim - dim));
+    whole = std::max(whole, norms.whole);
+    error = std::max(error, norms.error);
+  }
+  bounds.norm = norm_bound(whole, largest);
+  bounds.error = norm_bound(error, largest);
+  return bounds;
+}
+
+/// One task of the pass before: quantises blocks [first, last) of a sequence into shared memory. `keys` has room for a
+/// block of floats.
+inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t first,
+                                     std::int64_t last, std::int64_t screen_dim, float* keys, std::uint8_t* out,
+                                     BlockBounds* bounds) {
+  const std::int64_t dim = params.q_idx.size(2);
+  const core::KeyRows key_rows(params.k_idx, params.batch);
+  for (std::int64_t b = first; b < last; ++b) {
+    load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, b * params.block_size, params.block_size, dim, keys, dim);
+    bounds[b - first] = quantise_block(keys, params.block_size, dim, screen_dim,
+                                       out + (b - first) * params.block_size * screen_dim);
+  }
+}
+
+/// A chunk whose rows are screened.
+class ScreenedChunk {
+ public:
+  HWY_ATTR ScreenedChunk(SelectionChunk& selection, const SelectBlocksParams& params, const SelectionLayout& layout,
+                         const Int8Dot& dot, std::int64_t screen_dim, const SharedBlocks& shared, float* scratch)
+      : selection_(selection),
+        block_size_(params.block_size),
+        topk_(params.topk),
+        slots_(selection.choices().slots()),
+        capacity_(candidate_capacity(params.topk)),
+        dot_(dot),
+        screen_dim_(screen_dim),
+        shared_(shared),
+        padded_rows_(padded_columns(selection.rows())),
+        row_keys_(reinterpret_cast<std::int8_t*>(scratch + layout.row_keys)),
+        lower_(scratch + layout.lower),
+        lower_stride_(padded_columns(params.topk)),
+        candidates_(reinterpret_cast<Candidate*>(scratch + layout.candidates)),
+        visits_(reinterpret_cast<std::uint64_t*>(scratch + layout.visits)),
+        block_keys_(reinterpret_cast<std::uint8_t*>(scratch + layout.block_keys)) {
+    float* bounds = scratch + layout.row_bounds;
+    const auto next = [&] {
+      float* array = bounds;
+      bounds += padded_rows_;
+      return array;
+    };
+    scale_ = next();
+    spread_ = next();
+    slack_ = next();
+    floor_ = next();
+    offset_ = reinterpret_cast<std::int32_t*>(next());
+    end_ = reinterpret_cast<std::int32_t*>(next());
+    largest_ = reinterpret_cast<std::int32_t*>(next());
+    counts_ = reinterpret_cast<std::int32_t*>(next());
+    for (std::int64_t r = 0; r < padded_rows_; ++r) start_row(r);
+  }
+
+  /// Selects for all rows of the chunk and writes them.
+  HWY_ATTR void run() {
+    scan();
+    // Two rounds. The first rescores what lies around the threshold, which is most of what can decide; with those scores
+    // known, few bounds still reach the threshold, and the second rescores them all.
+    rescore(collect_near());
+    rescore(collect_contested());
+    std::int64_t exact_rows = 0;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) {
+      if (is_screened(r)) {
+        write_row(r);
+      } else if (selection_.limit(r) > 0) {
+        selection_.row_ids()[exact_rows++] = static_cast<std::int32_t>(r);
+      } else {
+        selection_.write_top(r);
+      }
+    }
+    selection_.select_rows(selection_.row_ids(), exact_rows);
+    for (std::int64_t i = 0; i < exact_rows; ++i) selection_.write_top(selection_.row_ids()[i]);
+  }
+
+ private:
+  bool is_screened(std::int64_t r) const { return end_[r] > 0; }
+  void give_up(std::int64_t r) { end_[r] = 0; }
+  Candidate* list(std::int64_t r) { return candidates_ + r * capacity_; }
+
+  HWY_ATTR void start_row(std::int64_t r) {
+    scale_[r] = spread_[r] = slack_[r] = 0;
+    floor_[r] = -kInfinity;
+    offset_[r] = end_[r] = counts_[r] = 0;
+    std::int8_t* to = row_keys_ + int8_row_offset(r, screen_dim_);
+    const bool is_row = r < selection_.rows();
+    const std::int64_t dim = selection_.dim();
+    const float largest =
+        is_row ? std::bit_cast<float>(largest_magnitude(selection_.query_row(r), dim)) : kInfinity;
+    const bool can = can_screen(largest) && selection_.limit(r) > 0;
+    alignas(64) std::int32_t integers[kMaxHeadDim + 64] = {};
+    if (can) {
+      const IntTag di;
+      scale_[r] = largest / 127;
+      const float inverse = largest == 0 ? 0 : 127 / largest;
+      const SquaredNorms norms =
+          quantise(selection_.query_row(r), dim, scale_[r], inverse,
+                   [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
+      // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
+      constexpr float kTiny = 0x1p-60f;
+      spread_[r] = scale_[r] * std::sqrt(norms.integers) * (1 + 0x1p-16f) + kTiny;
+      const float rounding = static_cast<float>(dim + 64) * 0x1p-24f;
+      slack_[r] = norm_bound(norms.error, largest) + rounding * norm_bound(norms.whole, largest) + kTiny;
+      // Blocks that the row sees whole.
+      end_[r] = static_cast<std::int32_t>(
+          std::min(selection_.limit(r), (selection_.position_of(r) + 1) / block_size_));
+      std::fill(lower_ + r * lower_stride_, lower_ + r * lower_stride_ + slots_, -kInfinity);
+      std::fill(lower_ + r * lower_stride_ + slots_, lower_ + (r + 1) * lower_stride_, kInfinity);
+    }
+    std::int32_t sum = 0;
+    for (std::int64_t d = 0; d < screen_dim_; ++d) {
+      to[d / 4 * 64 + d % 4] = static_cast<std::int8_t>(integers[d]);
+      sum += integers[d];
+    }
+    offset_[r] = 128 * sum;
+  }
+
+  HWY_ATTR void scan() {
+    const std::int64_t begin = selection_.choices().begin();
+    const std::int64_t groups = padded_rows_ / kInt8Rows;
+    std::int64_t last = 0;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) last = std::max<std::int64_t>(last, end_[r]);
+    std::int64_t group = 0;  // first one with a row that may choose the block
+    for (std::int64_t b = begin; b < last; ++b) {
+      const auto ends = [&](std::int64_t g) {
+        return *std::max_element(end_ + g * kInt8Rows, end_ + (g + 1) * kInt8Rows) <= b;
+      };
+      while (group < groups && ends(group)) ++group;
+      if (group == groups) return;  // rows were given up
+      BlockBounds bounds;
+      const std::uint8_t* keys = find_block(b, bounds);
+      dot_.block_max(keys, block_size_, screen_dim_, row_keys_ + group * kInt8Rows * screen_dim_, groups - group,
+                     largest_ + group * kInt8Rows);
+      offer(b, bounds, group * kInt8Rows);
+      if ((b + 1 - begin) % kPruneBlocks == 0 || b + 1 == last) prune(b + 1 - begin);
+    }
+  }
+
+  HWY_ATTR const std::uint8_t* find_block(std::int64_t block, BlockBounds& bounds) {
+    const std::int64_t i = block - shared_.first;
+    if (i >= 0 && i < shared_.count) {
+      bounds = shared_.bounds[i];
+      return shared_.keys + i * block_size_ * screen_dim_;
+    }
+    const std::int64_t count = selection_.load_block(block);
+    bounds = quantise_block(selection_.key_buffer(), count, selection_.dim(), screen_dim_, block_keys_);
+    return block_keys_;
+  }
+
+  /// Takes block b into the lists of the rows from `first` on whose threshold its upper bound reaches.
+  HWY_ATTR void offer(std::int64_t b, const BlockBounds& bounds, std::int64_t first) {
+    const FloatTag df;
+    const IntTag di;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    const auto block_scale = hn::Set(df, bounds.scale);
+    const auto block_error = hn::Set(df, bounds.error);
+    const auto block_norm = hn::Set(df, bounds.norm);
+    const auto block = hn::Set(di, static_cast<std::int32_t>(b));
+    for (std::int64_t r = first; r < padded_rows_; r += lanes) {
+      const auto integer = hn::Sub(hn::LoadU(di, largest_ + r), hn::LoadU(di, offset_ + r));
+      const auto score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
+      const auto error = hn::MulAdd(hn::LoadU(df, spread_ + r), block_error, hn::Mul(hn::LoadU(df, slack_ + r), block_norm));
+      const auto reaches = hn::Ge(hn::Add(score, error), hn::LoadU(df, floor_ + r));
+      const auto chooses = hn::RebindMask(df, hn::Gt(hn::LoadU(di, end_ + r), block));
+      const auto pass = hn::And(reaches, chooses);
+      if (hn::AllFalse(df, pass)) continue;
+      alignas(64) float scores[hn::MaxLanes(FloatTag())];
+      alignas(64) float errors[hn::MaxLanes(FloatTag())];
+      hn::Store(score, df, scores);
+      hn::Store(error, df, errors);
+      for_each_lane(pass, [&](std::int64_t lane) HWY_ATTR {
+        const std::int64_t row = r + lane;
+        list(row)[counts_[row]++] = {static_cast<std::int32_t>(b), scores[lane], errors[lane]};
+        const float lower = scores[lane] - errors[lane];
+        if (lower > floor_[row]) raise_floor(row, lower);
+      });
+    }
+  }
+
+  /// Puts a lower bound in the place of the least of the row's highest ones.
+  HWY_ATTR void raise_floor(std::int64_t r, float lower) {
+    const FloatTag df;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    float* bounds = lower_ + r * lower_stride_;
+    const auto least = hn::Set(df, floor_[r]);
+    for (std::int64_t i = 0; i < slots_; i += lanes) {
+      const std::intptr_t at = hn::FindFirstTrue(df, hn::Eq(hn::LoadU(df, bounds + i), least));
+      if (at < 0) continue;
+      bounds[i + at] = lower;
+      break;
+    }
+    auto smallest = hn::LoadU(df, bounds);
+    for (std::int64_t i = lanes; i < slots_; i += lanes) smallest = hn::Min(smallest, hn::LoadU(df, bounds + i));
+    floor_[r] = hn::GetLane(hn::MinOfLanes(df, smallest));
+  }
+
+  /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds tell
+  /// too little. `seen` blocks have been screened.
+  HWY_ATTR void prune(std::int64_t seen) {
+    const std::int64_t most = std::min(candidate_limit(topk_), std::max(seen / 2, 4 * slots_));
+    std::int64_t screened = 0;
+    std::int64_t lost = 0;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) {
+      if (!is_screened(r)) {
+        lost += selection_.limit(r) > 0;
+        continue;
+      }
+      drop(r);
+      if (counts_[r] > most) {
+        give_up(r);
+        ++lost;
+      } else {
+        ++screened;
+      }
+    }
+    // Rows that are left run at the cost of all: not worth it for a quarter of them.
+    if (screened * 4 >= screened + lost) return;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) give_up(r);
+  }
+
+  void drop(std::int64_t r) {
+    Candidate* from = list(r);
+    std::int32_t kept = 0;
+    for (std::int32_t i = 0; i < counts_[r]; ++i) {
+      const Candidate candidate = from[i];
+      from[kept] = candidate;
+      kept += static_cast<std::int32_t>(candidate.upper() >= floor_[r]);
+    }
+    counts_[r] = kept;
+  }
+
+  /// The nth highest of f(candidate), n from 1; -infinity when there are fewer.
+  template <class F>
+  float nth_highest(std::int64_t r, std::int64_t n, const F& f) {
+    float values[candidate_capacity(kMaxTopk)];
+    const std::int32_t count = counts_[r];
+    if (n > count) return -kInfinity;
+    for (std::int32_t i = 0; i < count; ++i) values[i] = f(list(r)[i]);
+    std::nth_element(values, values + n - 1, values + count, std::greater<float>());
+    return values[n - 1];
+  }
+
+  void add_visit(std::int64_t& count, std::int64_t r, std::int64_t i) {
+    // Room for rows and candidates: 512 / kv_heads queries at most, and fewer than 2^12 candidates.
+    static_assert(candidate_capacity(kMaxTopk) < 1 << 12);
+    visits_[count++] = static_cast<std::uint64_t>(list(r)[i].block) << 32 | static_cast<std::uint64_t>(r) << 12 |
+                       static_cast<std::uint64_t>(i);
+  }
+
+  /// Visits of the candidates around each row's threshold.
+  HWY_ATTR std::int64_t collect_near() {
+    std::int64_t visits = 0;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) {
+      if (!is_screened(r)) continue;
+      for (std::int64_t b = end_[r]; b < selection_.limit(r); ++b) {  // a block that the row sees in part
+        list(r)[counts_[r]++] = {static_cast<std::int32_t>(b), 0.0f, kInfinity};
+      }
+      drop(r);
+      const float threshold = nth_highest(r, slots_, [](const Candidate& c) { return c.score; });
+      const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
+      for (std::int32_t i = 0; i < counts_[r]; ++i) {
+        const Candidate& c = list(r)[i];
+        if (c.lower() > above) continue;
+        // The exact threshold is some block's exact score, a little off: an eighth more than the error catches nearly all.
+        if (std::abs(c.score - threshold) <= 1.125f * c.error) add_visit(visits, r, i);
+      }
+    }
+    return visits;
+  }
+
+  /// Visits of all candidates that the bounds leave in doubt; floor_ and lower_[r][0] become the bounds of that decision.
+  HWY_ATTR std::int64_t collect_contested() {
+    std::int64_t visits = 0;
+    for (std::int64_t r = 0; r < selection_.rows(); ++r) {
+      if (!is_screened(r)) continue;
+      floor_[r] = nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); });
+      drop(r);
+      const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
+      lower_[r * lower_stride_] = above;
+      for (std::int32_t i = 0; i < counts_[r]; ++i) {
+        const Candidate& c = list(r)[i];
+        if (!c.is_exact() && c.lower() <= above) add_visit(visits, r, i);
+      }
+    }
+    return visits;
+  }
+
+  /// Scores the visits exactly, block by block.
+  HWY_ATTR void rescore(std::int64_t count) {
+    std::sort(visits_, visits_ + count);
+    alignas(64) float strip[kMaxHeadDim * kStripRows];
+    alignas(64) float scores[kStripRows];
+    std::int32_t ids[kStripRows];
+    for (std::int64_t visit = 0; visit < count;) {
+      const std::uint64_t block = visits_[visit] >> 32;
+      const std::int64_t key_count = selection_.load_block(static_cast<std::int64_t>(block));
+      while (visit < count && visits_[visit] >> 32 == block) {
+        std::int64_t n = 0;
+        for (; n < kStripRows && visit + n < count && visits_[visit + n] >> 32 == block; ++n) {
+          ids[n] = static_cast<std::int32_t>(visits_[visit + n] >> 12 & 0xfffff);
+        }
+        selection_.pack_strip(ids, n, strip);
+        selection_.score_strip(ids, n, strip, static_cast<std::int64_t>(block), key_count, scores);
+        for (std::int64_t i = 0; i < n; ++i) {
+          Candidate& candidate = list(ids[i])[visits_[visit + i] & 0xfff];
+          candidate.score = scores[i];
+          candidate.error = Candidate::kExact;
+        }
+        visit += n;
+      }
+    }
+  }
+
+  /// What is not exact by now is in or out for certain; the exact ones compete for the slots that are left.
+  void write_row(std::int64_t r) {
+    std::int32_t chosen[kMaxTopk];
+    std::int64_t count = 0;
+    const float above = lower_[r * lower_stride_];
+    for (std::int32_t i = 0; i < counts_[r]; ++i) {
+      const Candidate& c = list(r)[i];
+      if (!c.is_exact() && c.lower() > above) chosen[count++] = c.block;
+    }
+    selection_.start_top(r, slots_ - count);
+    RowTopk& top = selection_.top(r);
+    for (std::int32_t i = 0; i < counts_[r]; ++i) {
+      const Candidate& c = list(r)[i];
+      if (c.is_exact()) top.offer(c.block, c.score);
+    }
+    std::copy(top.ids(), top.ids() + top.count(), chosen + count);
+    selection_.write_row(r, chosen, count + top.count());
+  }
+
+  SelectionChunk& selection_;
+  std::int64_t block_size_;
+  std::int64_t topk_;
+  std::int64_t slots_;
+  std::int64_t capacity_;
+  Int8Dot dot_;
+  std::int64_t screen_dim_;
+  SharedBlocks shared_;
+  std::int64_t padded_rows_;
+  std::int8_t* row_keys_;
+  // A row each. The score of a block is (largest - offset) * scale * its scale, its error spread * its error + slack * its
+  // norm.
+  float* scale_ = nullptr;
+  float* spread_ = nullptr;         // at least |scale * q8|
+  float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|
+  float* floor_ = nullptr;          // slots_-th highest lower bound so far
+  std::int32_t* offset_ = nullptr;  // 128 * sum of q8
+  std::int32_t* end_ = nullptr;     // blocks below are screened; 0: the row is not
+  std::int32_t* largest_ = nullptr;
+  std::int32_t* counts_ = nullptr;  // candidates
+  float* lower_;
+  std::int64_t lower_stride_;
+  Candidate* candidates_;
+  std::uint64_t* visits_;
+  std::uint8_t* block_keys_;
+};
+
+/// One task: the rows of a chunk, screened.
+inline HWY_ATTR void select_chunk_screened(const SelectBlocksParams& params, const SelectionLayout& layout,
+                                           const Int8Dot& dot, std::int64_t screen_dim, const SharedBlocks& shared,
+                                           const QueryChunk& chunk, float* scratch, const TensorView& blocks) {
+  SelectionChunk selection(params, layout, chunk, scratch, blocks);
+  ScreenedChunk(selection, params, layout, dot, screen_dim, shared, scratch).run();
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace msa::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // MSA_CPU_SCREEN_INL_H_

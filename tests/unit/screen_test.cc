@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+// Screened selection against the unscreened one, which it must equal bit for bit on any input: random shapes, and inputs made
+// to break an error bound (outlier channels, ties, ranges far below the rounding, subnormals, NaN, infinities, huge values).
+// Also the int8 products against their definition, and the running top-k against sorting.
+#include "src/cpu/screen.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "src/core/buffer.h"
+#include "src/cpu/dot_products.h"
+#include "src/cpu/int8_dot.h"
+#include "src/cpu/topk.h"
+#include "tests/unit/support/problem.h"
+#include "tests/unit/support/targets.h"
+#include "tests/unit/support/tolerance.h"
+
+namespace msa::testing {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+/// Forces screening on or off for as long as it lives.
+class ForcedScreening {
+ public:
+  explicit ForcedScreening(cpu::Screening screening) { cpu::force_screening(screening); }
+  ~ForcedScreening() { cpu::force_screening(cpu::Screening::kAuto); }
+  ForcedScreening(const ForcedScreening&) = delete;
+  ForcedScreening& operator=(const ForcedScreening&) = delete;
+};
+
+Tensor select(const Context& context, const SelectBlocksParams& params, cpu::Screening screening) {
+  const ForcedScreening forced(screening);
+  return run_select(context, params);
+}
+
+void expect_screening_changes_nothing(const SelectBlocksParams& params) {
+  for_each_target(Targets::kCpu, [&](Context context) {
+    const Tensor expected = select(context, params, cpu::Screening::kNever);
+    expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlways), expected);
+    expect_same_bytes("blocks", select(context, params, cpu::Screening::kAuto), expected);
+    context.threads = 1;
+    context.workspace_limit = std::size_t{1} << 20;  // nearly nothing shared
+    expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlways), expected);
+  });
+}
+
+// What tokens are made of.
+enum class Kind {
+  kNormal,
+  kIntegers,         // ties everywhere
+  kOutlierChannel,   // one channel swamps the int8 range of keys
+  kOutlierInBoth,    // of keys and queries
+  kBias,             // a constant in every key that dwarfs the differences
+  kAlmostEqual,      // keys that differ in their last bits
+  kEqualBlocks,      // every block the same
+  kZeros,            // of both signs
+  kSubnormal,
+  kTiny,             // products that underflow
+  kHuge,             // sums that overflow float
+  kLargestScreened,  // around the limits of what is bounded
+  kScales,           // blocks of very different ranges
+  kNanTokens,
+  kInfiniteTokens,
+  kNanQueries,
+  kSinks,            // few blocks far above the others
+  kSparse,           // mostly zeros
+};
+constexpr int kKinds = static_cast<int>(Kind::kSparse) + 1;
+
+void fill(Problem& problem, Kind kind, Random& random) {
+  Tensor& q = problem.q_idx;
+  Tensor& k = problem.k_idx;
+  const auto each = [&](Tensor& tensor, const auto& value) {
+    for (std::int64_t i = 0; i < tensor.size(0); ++i) {
+      for (std::int64_t j = 0; j < tensor.size(1); ++j) {
+        if (tensor.shape().size() == 2) {
+          tensor.set(value(i, j), i, j);
+        } else {
+          for (std::int64_t d = 0; d < tensor.size(2); ++d) tensor.set(value(i, d), i, j, d);
+        }
+      }
+    }
+  };
+  std::normal_distribution<double> normal;
+  const auto draw = [&](std::int64_t, std::int64_t) { return normal(random); };
+  const std::int64_t block_size = problem.geometry.block_size;
+  const auto some = [&](int of) { return random() % static_cast<std::uint64_t>(of) == 0; };
+  each(q, draw);
+  each(k, draw);
+  switch (kind) {
+    case Kind::kNormal:
+      break;
+    case Kind::kIntegers:
+      q.fill_integers(random, 2);
+      k.fill_integers(random, 2);
+      break;
+    case Kind::kOutlierChannel:
+      each(k, [&](std::int64_t, std::int64_t d) { return normal(random) * (d == 5 ? 3000 : 1); });
+      each(q, [&](std::int64_t, std::int64_t d) { return normal(random) * (d == 5 ? 1e-4 : 1); });
+      break;
+    case Kind::kOutlierInBoth:
+      each(k, [&](std::int64_t, std::int64_t d) { return normal(random) * (d == 5 ? 300 : 1); });
+      each(q, [&](std::int64_t, std::int64_t d) { return normal(random) * (d == 5 ? 300 : 1); });
+      break;
+    case Kind::kBias:
+      each(k, [&](std::int64_t, std::int64_t d) { return 100.0 * static_cast<double>(d % 3) + normal(random) * 0.01; });
+      break;
+    case Kind::kAlmostEqual:
+      each(k, [&](std::int64_t, std::int64_t d) {
+        return static_cast<double>(d % 7) - 3 + static_cast<double>(random() % 3) * 0x1p-22;
+      });
+      break;
+    case Kind::kEqualBlocks:
+      for (std::int64_t i = block_size; i < k.size(0); ++i) {
+        for (std::int64_t d = 0; d < k.size(1); ++d) k.set(k.at(i - block_size, d), i, d);
+      }
+      break;
+    case Kind::kZeros:
+      each(k, [&](std::int64_t, std::int64_t) { return some(2) ? 0.0 : -0.0; });
+      break;
+    case Kind::kSubnormal:
+      each(k, [&](std::int64_t, std::int64_t) { return static_cast<double>(random() % 9) * 0x1p-149; });
+      break;
+    case Kind::kTiny:
+      each(k, [&](std::int64_t, std::int64_t) { return normal(random) * 0x1p-39; });
+      each(q, [&](std::int64_t, std::int64_t d) { return normal(random) * (d % 2 == 0 ? 0x1p-39 : 0x1p-110); });
+      break;
+    case Kind::kHuge:
+      each(k, [&](std::int64_t, std::int64_t) { return normal(random) * 1e30; });
+      each(q, [&](std::int64_t, std::int64_t) { return normal(random) * 1e30; });
+      break;
+    case Kind::kLargestScreened:
+      each(k, [&](std::int64_t, std::int64_t) { return normal(random) * 0x1p38; });
+      each(q, [&](std::int64_t i, std::int64_t) { return normal(random) * (i % 2 == 0 ? 0x1p38 : 0x1p-40); });
+      break;
+    case Kind::kScales:
+      each(k, [&](std::int64_t i, std::int64_t) {
+        return normal(random) * std::exp2(static_cast<double>(i / block_size % 7) * 16 - 48);
+      });
+      break;
+    case Kind::kNanTokens:
+      each(k, [&](std::int64_t, std::int64_t) { return some(400) ? kNaN : normal(random); });
+      break;
+    case Kind::kInfiniteTokens:
+      each(k, [&](std::int64_t i, std::int64_t) {
+        return i / block_size % 5 == 0 && some(300) ? (some(2) ? kInfinity : -kInfinity) : normal(random);
+      });
+      break;
+    case Kind::kNanQueries:
+      each(q, [&](std::int64_t i, std::int64_t) { return i % 3 == 0 && some(30) ? (some(2) ? kNaN : kInfinity) : normal(random); });
+      break;
+    case Kind::kSinks:
+      each(k, [&](std::int64_t i, std::int64_t) { return normal(random) * (i / block_size % 9 == 4 ? 40 : 1); });
+      break;
+    case Kind::kSparse:
+      each(k, [&](std::int64_t, std::int64_t) { return some(30) ? normal(random) : 0.0; });
+      each(q, [&](std::int64_t, std::int64_t) { return some(4) ? normal(random) : 0.0; });
+      break;
+  }
+}
+
+class ScreenedSelection : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, ScreenedSelection, ::testing::Range(0, kKinds));
+
+TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
+  const auto kind = static_cast<Kind>(GetParam());
+  for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    Random random(seed * 1000 + static_cast<std::uint64_t>(GetParam()));
+    const auto pick = [&](const std::vector<std::int64_t>& from) { return from[random() % from.size()]; };
+    Case c;
+    c.geometry.kv_heads = pick({1, 2, 3, 4});
+    c.geometry.query_heads = c.geometry.kv_heads;
+    c.geometry.index_dim = pick({16, 48, 64, 80, 128, 256});
+    c.geometry.block_size = pick({16, 32, 64});
+    c.geometry.topk = pick({1, 2, 5, 16, 33});
+    c.lengths = {{pick({40, 64, 77}), 77 + c.geometry.block_size * pick({20, 100, 150}) + pick({0, 1, 15})},
+                 {pick({1, 5}), 5 + c.geometry.block_size * 40},
+                 {pick({33, 65}), 65 + c.geometry.block_size * pick({3, 30})}};
+    c.index_dtype = std::vector<DType>{DType::kFloat32, DType::kBFloat16, DType::kFloat16}[random() % 3];
+    if (c.index_dtype == DType::kFloat16) c.index_dtype = kind >= Kind::kSubnormal && kind <= Kind::kScales
+                                                              ? DType::kFloat32  // no such values in float16
+                                                              : DType::kFloat16;
+    c.padding_rows = pick({0, 3});
+    c.dtype = c.index_dtype;
+    Problem problem(c);
+    fill(problem, kind, random);
+    problem.local_blocks = pick({0, 1, 1, 2});
+    problem.init_blocks = pick({0, 0, 1, 3});
+    expect_screening_changes_nothing(problem.select_params());
+    if (seed % 3 == 0) {
+      const PagedProblem paged(problem, c.geometry.block_size * pick({1, 2}));
+      expect_screening_changes_nothing(paged.select_params());
+    }
+  }
+}
+
+TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
+  // Long enough for several prunings and for rows that are given up on the way, which the second half of the keys causes.
+  for (const auto& [dim, block_size, topk] :
+       std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{{64, 16, 4}, {32, 16, 64}, {128, 32, 16}}) {
+    Problem problem(Case{{4, 4, 16, 16, dim, block_size, topk}, {{70, block_size * 500 + 3}}});
+    for (const bool swamped : {false, true}) {
+      Random random(9);
+      fill(problem, Kind::kNormal, random);
+      if (swamped) {
+        for (std::int64_t i = problem.k_idx.size(0) / 2; i < problem.k_idx.size(0); ++i) problem.k_idx.set(1e4, i, 3);
+      }
+      expect_screening_changes_nothing(problem.select_params());
+    }
+  }
+}
+
+TEST(Screening, OfSampledPositionsEqualsTheUnscreenedOne) {
+  const Problem whole(Case{{3, 3, 16, 16, 64, 16, 5}, {{1200, 1500}}});
+  std::vector<std::int64_t> rows;
+  for (std::int64_t i = 0; i < 1200; i += 1 + i / 20) rows.push_back(i);
+  expect_screening_changes_nothing(whole.sample(rows).select_params());
+}
+
+TEST(Screening, IsNotConfusedByFlushedSubnormals) {
+  // A chain of roundings that underflow on the way, in every block alike but for one token.
+  Problem problem(Case{{2, 2, 16, 16, 32, 16, 3}, {{40, 40 + 16 * 60}}});
+  Random random(4);
+  for (const double scale : {0x1p-40, 0x1p-63, 0x1p-75, 0x1p-100}) {
+    problem.q_idx.fill_normal(random, scale);
+    problem.k_idx.fill_normal(random, scale);
+    expect_screening_changes_nothing(problem.select_params());
+  }
+}
+
+TEST(Int8Dot, EqualsItsDefinition) {
+  struct Kernel {
+    std::string name;
+    cpu::Int8BlockMax run;
+    std::int64_t dim_multiple;
+  };
+  std::vector<Kernel> kernels;
+#if defined(__x86_64__)
+  if (cpu::detect_dot_products() != cpu::DotProducts::kNone) kernels.push_back({"avx512", cpu::int8_block_max_avx512, 4});
+  if (cpu::detect_dot_products() == cpu::DotProducts::kAmx) kernels.push_back({"amx", cpu::int8_block_max_amx, 64});
+#endif
+  if (kernels.empty()) GTEST_SKIP() << "this machine has no int8 dot products";
+  Random random(2);
+  for (const std::int64_t key_count : {16, 32, 48, 64, 128, 256}) {
+    for (const std::int64_t dim : {16, 64, 80, 128, 192, 256}) {
+      for (const std::int64_t groups : {1, 2, 3, 4, 5, 8}) {
+        std::vector<std::uint8_t> keys(static_cast<std::size_t>(key_count * dim));
+        core::Buffer<std::int8_t> rows(static_cast<std::size_t>(groups * 16 * dim));
+        for (const bool extreme : {false, true}) {
+          for (auto& key : keys) key = static_cast<std::uint8_t>(extreme ? 255 : 1 + random() % 255);
+          for (std::size_t i = 0; i < rows.size(); ++i) {
+            rows[i] = static_cast<std::int8_t>(extreme ? (i % 2 == 0 ? 127 : -127) : static_cast<int>(random() % 255) - 127);
+          }
+          std::vector<std::int32_t> expected(static_cast<std::size_t>(groups * 16), -1);
+          cpu::int8_block_max_portable(keys.data(), key_count, dim, rows.data(), groups, expected.data());
+          // The definition of the definition: row 5 of the last group.
+          std::int32_t largest = INT32_MIN;
+          for (std::int64_t j = 0; j < key_count; ++j) {
+            std::int32_t sum = 0;
+            for (std::int64_t d = 0; d < dim; ++d) {
+              const std::int64_t at = cpu::int8_row_offset((groups - 1) * 16 + 5, dim) + d / 4 * 64 + d % 4;
+              sum += std::int32_t{keys[static_cast<std::size_t>(j * dim + d)]} * rows[static_cast<std::size_t>(at)];
+            }
+            largest = std::max(largest, sum);
+          }
+          ASSERT_EQ(expected[static_cast<std::size_t>((groups - 1) * 16 + 5)], largest);
+          for (const Kernel& kernel : kernels) {
+            if (dim % kernel.dim_multiple != 0) continue;
+            std::vector<std::int32_t> actual(expected.size(), -1);
+            kernel.run(keys.data(), key_count, dim, rows.data(), groups, actual.data());
+            ASSERT_EQ(actual, expected) << kernel.name << ", " << key_count << " keys, dim " << dim << ", " << groups
+                                        << " groups";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(RowTopk, EqualsSortingInAnyOrder) {
+  Random random(8);
+  for (const std::int64_t slots : {0, 1, 2, 15, 16, 17, 64}) {
+    for (const std::size_t count : {0u, 1u, 5u, 16u, 200u}) {
+      std::vector<float> scores(count);
+      for (float& score : scores) {
+        const auto kind = random() % 12;
+        score = kind == 0   ? std::numeric_limits<float>::quiet_NaN()
+                : kind == 1 ? -std::numeric_limits<float>::infinity()
+                : kind == 2 ? -0.0f
+                : kind == 3 ? 0.0f
+                            : static_cast<float>(random() % 20) - 10.0f;
+      }
+      std::vector<std::int32_t> order(count);
+      std::iota(order.begin(), order.end(), 0);
+      std::vector<std::int32_t> best = order;
+      std::stable_sort(best.begin(), best.end(), [&](std::int32_t a, std::int32_t b) {
+        const float x = scores[static_cast<std::size_t>(a)];
+        const float y = scores[static_cast<std::size_t>(b)];
+        if (std::isnan(x) || std::isnan(y)) return !std::isnan(x) && std::isnan(y);
+        return x > y;
+      });
+      best.resize(std::min(count, static_cast<std::size_t>(slots)));
+      for (int shuffle = 0; shuffle < 3; ++shuffle) {
+        std::vector<std::int32_t> keys(64, 7);
+        std::vector<std::int32_t> ids(64, 7);
+        cpu::RowTopk top(keys.data(), ids.data(), slots);
+        for (const std::int32_t id : order) {
+          const bool passes = cpu::order_key(scores[static_cast<std::size_t>(id)]) >= top.least_key();
+          const std::vector<std::int32_t> before(top.ids(), top.ids() + top.count());
+          top.offer(id, scores[static_cast<std::size_t>(id)]);
+          // In ascending order of id, least_key() says whether an offer changes anything.
+          if (shuffle == 0) {
+            EXPECT_EQ(passes, before != std::vector<std::int32_t>(top.ids(), top.ids() + top.count()));
+          }
+        }
+        EXPECT_EQ(std::vector<std::int32_t>(top.ids(), top.ids() + top.count()), best);
+        std::shuffle(order.begin(), order.end(), random);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace msa::testing
