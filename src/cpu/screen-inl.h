@@ -53,6 +53,52 @@ inline HWY_ATTR std::int32_t largest_magnitude(const float* HWY_RESTRICT values,
   return hn::GetLane(hn::MaxOfLanes(di, hn::Max(a, b)));
 }
 
+/// largest[d] = max(largest[d], |element d| of the rows), what is not finite left out.
+inline HWY_ATTR void raise_channels(const float* HWY_RESTRICT rows, std::int64_t count, std::int64_t dim,
+                                    float* HWY_RESTRICT largest) {
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto most = hn::Set(df, std::numeric_limits<float>::max());
+  for (std::int64_t d = 0; d < dim; d += lanes) {
+    auto best = hn::LoadU(df, largest + d);
+    for (std::int64_t j = 0; j < count; ++j) {
+      const auto value = hn::Abs(hn::LoadU(df, rows + j * dim + d));
+      best = hn::Max(best, hn::IfThenElseZero(hn::Le(value, most), value));  // false for NaN
+    }
+    hn::StoreU(best, df, largest + d);
+  }
+}
+
+/// Raises by the keys of a block, or by the queries [block, block + 1) of a sequence, all groups. `rows` has room for them.
+inline HWY_ATTR void measure_keys(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t block,
+                                  float* rows, float* largest) {
+  const std::int64_t dim = params.q_idx.size(2);
+  load_value_rows(core::KeyRows(params.k_idx, params.batch), params.k_idx.dtype, sequence, 0, block * params.block_size,
+                  params.block_size, dim, rows, dim);
+  raise_channels(rows, params.block_size, dim, largest);
+}
+inline HWY_ATTR void measure_query(const SelectBlocksParams& params, std::int64_t row, float* largest) {
+  alignas(64) float query[kMaxHeadDim];
+  for (std::int64_t g = 0; g < params.q_idx.size(1); ++g) {
+    load_query_rows(params.q_idx, row, 1, g, 1, query);
+    raise_channels(query, 1, params.q_idx.size(2), largest);
+  }
+}
+
+/// rows[j, d] *= factor[d], in place; nothing where factor is null.
+inline HWY_ATTR void scale_channels(float* HWY_RESTRICT rows, std::int64_t count, std::int64_t dim,
+                                    const float* HWY_RESTRICT factor) {
+  if (factor == nullptr) return;
+  const FloatTag df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  for (std::int64_t j = 0; j < count; ++j) {
+    for (std::int64_t d = 0; d < dim; d += lanes) {
+      float* at = rows + j * dim + d;
+      hn::StoreU(hn::Mul(hn::LoadU(df, at), hn::LoadU(df, factor + d)), df, at);
+    }
+  }
+}
+
 /// Squared norms of a row x = scale * n + e, n integers that are handed to store(n, d), a vector from dimension d on.
 struct SquaredNorms {
   float whole = 0;
@@ -125,12 +171,13 @@ inline HWY_ATTR BlockBounds quantise_block(const float* HWY_RESTRICT keys, std::
 /// One task of the pass before: quantises blocks [first, last) of a sequence into shared memory. `keys` has room for a
 /// block of floats.
 inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t first,
-                                     std::int64_t last, std::int64_t screen_dim, float* keys, std::uint8_t* out,
-                                     BlockBounds* bounds) {
+                                     std::int64_t last, const Balance& balance, std::int64_t screen_dim, float* keys,
+                                     std::uint8_t* out, BlockBounds* bounds) {
   const std::int64_t dim = params.q_idx.size(2);
   const core::KeyRows key_rows(params.k_idx, params.batch);
   for (std::int64_t b = first; b < last; ++b) {
     load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, b * params.block_size, params.block_size, dim, keys, dim);
+    scale_channels(keys, params.block_size, dim, balance.of_keys());
     bounds[b - first] = quantise_block(keys, params.block_size, dim, screen_dim,
                                        out + (b - first) * params.block_size * screen_dim);
   }
@@ -140,13 +187,15 @@ inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int6
 class ScreenedChunk {
  public:
   HWY_ATTR ScreenedChunk(SelectionChunk& selection, const SelectBlocksParams& params, const SelectionLayout& layout,
-                         const Int8Dot& dot, std::int64_t screen_dim, const SharedBlocks& shared, float* scratch)
+                         const Int8Dot& dot, const Balance& balance, std::int64_t screen_dim,
+                         const SharedBlocks& shared, float* scratch)
       : selection_(selection),
         block_size_(params.block_size),
         topk_(params.topk),
         slots_(selection.choices().slots()),
         capacity_(candidate_capacity(params.topk)),
         dot_(dot),
+        balance_(balance),
         screen_dim_(screen_dim),
         shared_(shared),
         padded_rows_(padded_columns(selection.rows())),
@@ -206,8 +255,13 @@ class ScreenedChunk {
     std::int8_t* to = row_keys_ + int8_row_offset(r, screen_dim_);
     const bool is_row = r < selection_.rows();
     const std::int64_t dim = selection_.dim();
-    const float largest =
-        is_row ? std::bit_cast<float>(largest_magnitude(selection_.query_row(r), dim)) : kInfinity;
+    alignas(64) float query[kMaxHeadDim];
+    float largest = kInfinity;
+    if (is_row) {
+      std::copy(selection_.query_row(r), selection_.query_row(r) + dim, query);
+      scale_channels(query, 1, dim, balance_.of_queries());
+      largest = std::bit_cast<float>(largest_magnitude(query, dim));
+    }
     const bool can = can_screen(largest) && selection_.limit(r) > 0;
     alignas(64) std::int32_t integers[kMaxHeadDim + 64] = {};
     if (can) {
@@ -215,7 +269,7 @@ class ScreenedChunk {
       scale_[r] = largest / 127;
       const float inverse = largest == 0 ? 0 : 127 / largest;
       const SquaredNorms norms =
-          quantise(selection_.query_row(r), dim, scale_[r], inverse,
+          quantise(query, dim, scale_[r], inverse,
                    [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
       // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
       constexpr float kTiny = 0x1p-60f;
@@ -264,6 +318,7 @@ class ScreenedChunk {
       return shared_.keys + i * block_size_ * screen_dim_;
     }
     const std::int64_t count = selection_.load_block(block);
+    scale_channels(selection_.key_buffer(), count, selection_.dim(), balance_.of_keys());
     bounds = quantise_block(selection_.key_buffer(), count, selection_.dim(), screen_dim_, block_keys_);
     return block_keys_;
   }
@@ -318,7 +373,7 @@ class ScreenedChunk {
   /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds tell
   /// too little. `seen` blocks have been screened.
   HWY_ATTR void prune(std::int64_t seen) {
-    const std::int64_t most = std::min(candidate_limit(topk_), std::max(seen / 2, 4 * slots_));
+    const std::int64_t most = std::min(candidate_limit(topk_), std::max(3 * seen / 4, 6 * slots_));
     std::int64_t screened = 0;
     std::int64_t lost = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) {
@@ -420,7 +475,7 @@ class ScreenedChunk {
         for (; n < kStripRows && visit + n < count && visits_[visit + n] >> 32 == block; ++n) {
           ids[n] = static_cast<std::int32_t>(visits_[visit + n] >> 12 & 0xfffff);
         }
-        selection_.pack_strip(ids, n, strip);
+        selection_.pack_rows(ids, n, strip);
         selection_.score_strip(ids, n, strip, static_cast<std::int64_t>(block), key_count, scores);
         for (std::int64_t i = 0; i < n; ++i) {
           Candidate& candidate = list(ids[i])[visits_[visit + i] & 0xfff];
@@ -457,6 +512,7 @@ class ScreenedChunk {
   std::int64_t slots_;
   std::int64_t capacity_;
   Int8Dot dot_;
+  const Balance& balance_;
   std::int64_t screen_dim_;
   SharedBlocks shared_;
   std::int64_t padded_rows_;
@@ -480,10 +536,11 @@ class ScreenedChunk {
 
 /// One task: the rows of a chunk, screened.
 inline HWY_ATTR void select_chunk_screened(const SelectBlocksParams& params, const SelectionLayout& layout,
-                                           const Int8Dot& dot, std::int64_t screen_dim, const SharedBlocks& shared,
-                                           const QueryChunk& chunk, float* scratch, const TensorView& blocks) {
+                                           const Int8Dot& dot, const Balance& balance, std::int64_t screen_dim,
+                                           const SharedBlocks& shared, const QueryChunk& chunk, float* scratch,
+                                           const TensorView& blocks) {
   SelectionChunk selection(params, layout, chunk, scratch, blocks);
-  ScreenedChunk(selection, params, layout, dot, screen_dim, shared, scratch).run();
+  ScreenedChunk(selection, params, layout, dot, balance, screen_dim, shared, scratch).run();
 }
 
 }  // namespace HWY_NAMESPACE

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// See screen.h: the switch.
+// See screen.h: the switch and the balance of channels.
 #include "src/cpu/screen.h"
 
 #include <atomic>
+#include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 
@@ -31,6 +33,20 @@ Screening active_screening() {
   if (now != Screening::kAuto) return now;
   static const Screening from_environment = read_environment();
   return from_environment;
+}
+
+void Balance::set(const float* queries, const float* keys, std::int64_t dim) {
+  is_even_ = true;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    // sqrt(key / query) as a power of two. 2^12 either way leaves every product of two bounded elements in range.
+    const bool is_used = queries[d] > 0 && keys[d] > 0;
+    const double exponent =
+        is_used ? 0.5 * (std::log2(static_cast<double>(keys[d])) - std::log2(static_cast<double>(queries[d]))) : 0.0;
+    const int steps = static_cast<int>(std::lround(std::fmin(std::fmax(exponent, -12.0), 12.0)));
+    queries_[d] = std::ldexp(1.0f, steps);
+    keys_[d] = std::ldexp(1.0f, -steps);
+    is_even_ = is_even_ && queries_[d] == queries_[0];
+  }
 }
 
 }  // namespace msa::cpu

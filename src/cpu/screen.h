@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "msa/select_blocks.h"
+
 namespace msa::cpu {
 
 enum class Screening {
@@ -19,6 +21,22 @@ void force_screening(Screening screening);
 /// What force_screening or else the environment variable MSA_SCREEN says: "0" never, "1" always, unset or empty auto.
 /// Throws msa::Error on another value.
 Screening active_screening();
+
+/// Powers of two, one a channel (dimension), by which queries are multiplied and keys divided before they are quantised:
+/// their products stay as they are, and one strong channel does not take the bits of all others.
+class Balance {
+ public:
+  /// From the largest magnitude of each channel: both factors become its geometric mean, as near as powers of two get.
+  void set(const float* queries, const float* keys, std::int64_t dim);
+  /// Null: all ones.
+  const float* of_queries() const { return is_even_ ? nullptr : queries_; }
+  const float* of_keys() const { return is_even_ ? nullptr : keys_; }
+
+ private:
+  bool is_even_ = true;
+  alignas(64) float queries_[kMaxHeadDim] = {};
+  alignas(64) float keys_[kMaxHeadDim] = {};
+};
 
 /// What a block of quantised keys k8 says about its keys k: k = scale * k8 + e.
 struct BlockBounds {

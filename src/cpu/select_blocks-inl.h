@@ -22,6 +22,7 @@
 #include "src/cpu/select_blocks_plan.h"
 #include "src/cpu/select_choices.h"
 #include "src/cpu/softmax-inl.h"
+#include "src/cpu/strip-inl.h"
 #include "src/cpu/tile-inl.h"
 #include "src/cpu/topk.h"
 
@@ -182,21 +183,11 @@ class SelectionChunk {
     return count;
   }
 
-  /// strip[d * kStripRows + i] = element d of row ids[i], i < count; 0 behind.
-  HWY_ATTR void pack_strip(const std::int32_t* ids, std::int64_t count, float* HWY_RESTRICT strip) const {
-    constexpr std::int64_t kRowsAtOnce = 4;  // what `transpose` takes at a time
-    alignas(64) float gathered[kRowsAtOnce * kMaxHeadDim];
-    for (std::int64_t i = 0; i < padded_columns(count); i += kRowsAtOnce) {
-      for (std::int64_t n = 0; n < kRowsAtOnce; ++n) {
-        float* row = gathered + n * dim_;
-        if (i + n < count) {
-          std::copy(query_row(ids[i + n]), query_row(ids[i + n]) + dim_, row);
-        } else {
-          std::fill(row, row + dim_, 0.0f);
-        }
-      }
-      transpose(gathered, dim_, kRowsAtOnce, dim_, strip + i, kStripRows);
-    }
+  /// Rows ids[0, count), count <= kStripRows, as a strip.
+  HWY_ATTR void pack_rows(const std::int32_t* ids, std::int64_t count, float* HWY_RESTRICT strip) const {
+    const std::byte* from[kStripRows];
+    for (std::int64_t i = 0; i < count; ++i) from[i] = reinterpret_cast<const std::byte*>(query_row(ids[i]));
+    pack_strip(from, count, DType::kFloat32, dim_, strip);
   }
 
   /// Scores of the rows of a packed strip and the loaded block of key_count keys.
@@ -223,7 +214,7 @@ class SelectionChunk {
     const IntTag di;
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
     for (std::int64_t i = 0; i < count; i += kStripRows) {
-      pack_strip(ids + i, std::min(kStripRows, count - i), packed_ + i * dim_);
+      pack_rows(ids + i, std::min(kStripRows, count - i), packed_ + i * dim_);
     }
     for (std::int64_t i = 0; i < count; ++i) start_top(ids[i], choices_.slots());
     std::fill(least_, least_ + (count + kStripRows - 1) / kStripRows * kStripRows, INT32_MIN);
@@ -310,8 +301,14 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
   for (std::int64_t b = first; b < last; ++b) {
     const std::int64_t begin = b * params.block_size;
     const std::int64_t count = std::min(params.block_size, last_position + 1 - begin);
-    load_keys_transposed(key_rows, params.k_idx.dtype, sequence.index, 0, begin, count, dim, keys, stride);
-    product(rows, padded_columns(count), dim, queries, dim, 1, keys, stride, scores, stride, false);
+    // A strip of keys stays in the L1 cache from its turning to its last row.
+    for (std::int64_t j = 0; j < count; j += kStripRows) {
+      const std::int64_t here = std::min(kStripRows, count - j);
+      const std::byte* from[kStripRows];
+      for (std::int64_t i = 0; i < here; ++i) from[i] = key_rows.row(sequence.index, begin + j + i);
+      pack_strip(from, here, params.k_idx.dtype, dim, keys);
+      product(rows, padded_columns(here), dim, queries, dim, 1, keys, kStripRows, scores + j, stride, false);
+    }
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t visible = std::min(count, choices.position(r / groups) + 1 - begin);
       out[r * out_stride + b - choices.begin()] = visible > 0 ? block_score(scores + r * stride, visible) : 0.0f;

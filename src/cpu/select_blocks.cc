@@ -26,12 +26,16 @@ namespace {
 
 HWY_EXPORT(select_chunk);
 HWY_EXPORT(select_chunk_screened);
+HWY_EXPORT(measure_keys);
+HWY_EXPORT(measure_query);
 HWY_EXPORT(quantise_blocks);
 HWY_EXPORT(score_span);
 HWY_EXPORT(select_scored_row);
 
-// Screening costs a pass over the rows and their lists; below these it does not pay (docs/select-blocks.md).
-constexpr std::int64_t kLeastBlocksPerSlot = 4;
+// Screening quantises the keys and leaves some of the blocks to be scored: below these it does not pay
+// (docs/select-blocks.md).
+constexpr std::int64_t kLeastBlocksPerSlot = 6;
+constexpr std::int64_t kLeastRows = 128;
 
 class Selection {
  public:
@@ -128,9 +132,20 @@ class Selection {
     }
   }
 
-  bool should_screen(std::int64_t candidates) const {
+  bool should_screen(std::int64_t rows, std::int64_t candidates) const {
+    if (candidates <= 0) return false;
     if (screening_ == Screening::kAlways) return true;
-    return screening_ == Screening::kAuto && dot_.is_fast && candidates >= kLeastBlocksPerSlot * params_.topk;
+    return screening_ == Screening::kAuto && dot_.is_fast && rows >= kLeastRows &&
+           candidates >= kLeastBlocksPerSlot * params_.topk;
+  }
+  /// Whole blocks that are candidates of a sequence to be screened; 0: it is not.
+  std::int64_t count_screened(std::int64_t s) const {
+    if (!is_many_[static_cast<std::size_t>(s)]) return 0;
+    const Choices choices = choices_of(s);
+    const std::int64_t queries = choices.sequence().queries;
+    if (!should_screen(queries * shape_.kv_heads, end_of(choices) - choices.begin())) return 0;
+    // The last block may be there in part.
+    return std::min(end_of(choices), (choices.position(queries - 1) + 1) / shape_.block_size) - choices.begin();
   }
 
   /// Sequences with many rows: a chunk of queries a task.
@@ -140,8 +155,7 @@ class Selection {
       const Choices choices = choices_of(s);
       shape_.queries.total += choices.sequence().queries;
       shape_.queries.longest = std::max(shape_.queries.longest, choices.sequence().queries);
-      const std::int64_t candidates = end_of(choices) - choices.begin();
-      if (candidates > 0 && should_screen(candidates)) shape_.screen_blocks += candidates;
+      shape_.screen_blocks += count_screened(s);
     }
     if (shape_.queries.total == 0) return;
     if (shape_.screen_blocks != 0) {
@@ -158,6 +172,7 @@ class Selection {
     core::Buffer<std::uint8_t> shared_keys(
         static_cast<std::size_t>(plan.shared_blocks * shape_.block_size * shape_.screen_dim));
     core::Buffer<BlockBounds> shared_bounds(static_cast<std::size_t>(plan.shared_blocks));
+    if (shape_.screen_dim != 0) balance_channels(scratch_of(0) + layout.keys);
     const std::vector<SharedBlocks> shared =
         share_blocks(plan, layout, scratch_of, shared_keys.data(), shared_bounds.data());
     const auto select = HWY_DYNAMIC_DISPATCH(select_chunk);
@@ -165,14 +180,37 @@ class Selection {
     core::parallel_for(plan.workers, static_cast<std::int64_t>(chunks.size()), [&](std::int64_t task, int worker) {
       const QueryChunk& chunk = chunks[static_cast<std::size_t>(task)];
       const Choices choices = choices_of(chunk.sequence);
-      const std::int64_t candidates = choices.end(chunk.end - 1) - choices.begin();
-      if (candidates > 0 && should_screen(candidates)) {
-        select_screened(params_, layout, dot_, shape_.screen_dim, shared[static_cast<std::size_t>(chunk.sequence)], chunk,
+      const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
+      if (should_screen(rows, choices.end(chunk.end - 1) - choices.begin())) {
+        select_screened(params_, layout, dot_, balance_, shape_.screen_dim, shared[static_cast<std::size_t>(chunk.sequence)], chunk,
                         scratch_of(worker), blocks_);
       } else {
         select(params_, layout, chunk, scratch_of(worker), blocks_);
       }
     });
+  }
+
+  /// Balances queries and keys by a sample of both: it decides how tight the bounds are, not whether they hold.
+  void balance_channels(float* rows) {
+    constexpr std::int64_t kSample = 16;  // blocks, and queries: a fraction of a millisecond
+    alignas(64) float queries[kMaxHeadDim] = {};
+    alignas(64) float keys[kMaxHeadDim] = {};
+    const auto measure_block = HWY_DYNAMIC_DISPATCH(measure_keys);
+    const auto measure_row = HWY_DYNAMIC_DISPATCH(measure_query);
+    const std::int64_t stride = (shape_.screen_blocks + kSample - 1) / kSample;
+    std::int64_t next = 0;  // block to sample, counted over the sequences
+    std::int64_t before = 0;
+    for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
+      const std::int64_t count = count_screened(s);
+      const Choices choices = choices_of(s);
+      const core::Sequence& sequence = choices.sequence();
+      for (; next < before + count; next += stride) {
+        measure_block(params_, s, choices.begin() + next - before, rows, keys);
+        measure_row(params_, sequence.query_begin + (next - before) * sequence.queries / count, queries);
+      }
+      before += count;
+    }
+    balance_.set(queries, keys, shape_.index_dim);
   }
 
   /// Quantises as many candidate blocks as the plan shares, all threads at it; what each sequence got.
@@ -192,14 +230,8 @@ class Selection {
     const std::int64_t block_bytes = shape_.block_size * shape_.screen_dim;
     std::int64_t used = 0;
     for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
-      if (!is_many_[static_cast<std::size_t>(s)]) continue;
       const Choices choices = choices_of(s);
-      const std::int64_t candidates = end_of(choices) - choices.begin();
-      if (candidates <= 0 || !should_screen(candidates)) continue;
-      // The last block may be there in part.
-      const std::int64_t whole =
-          std::min(end_of(choices), (choices.position(choices.sequence().queries - 1) + 1) / shape_.block_size);
-      const std::int64_t count = std::min(whole - choices.begin(), plan.shared_blocks - used);
+      const std::int64_t count = std::min(count_screened(s), plan.shared_blocks - used);
       if (count <= 0) continue;
       shared[static_cast<std::size_t>(s)] = {keys + used * block_bytes, bounds + used, choices.begin(), count};
       for (std::int64_t b = 0; b < count; b += span) {
@@ -210,7 +242,7 @@ class Selection {
     const auto quantise = HWY_DYNAMIC_DISPATCH(quantise_blocks);
     core::parallel_for(plan.workers, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
       const Task& task = tasks[static_cast<std::size_t>(i)];
-      quantise(params_, task.sequence, task.first, task.last, shape_.screen_dim, scratch_of(worker) + layout.keys,
+      quantise(params_, task.sequence, task.first, task.last, balance_, shape_.screen_dim, scratch_of(worker) + layout.keys,
                keys + task.at * block_bytes, bounds + task.at);
     });
     return shared;
@@ -224,6 +256,7 @@ class Selection {
   Screening screening_;
   std::vector<char> is_many_;
   SelectionShape shape_;
+  Balance balance_;
 };
 
 }  // namespace

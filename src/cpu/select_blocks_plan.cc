@@ -45,7 +45,9 @@ SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape,
   const std::int64_t state = std::int64_t{1} << 17;  // floats
   const std::int64_t wanted =
       shape.screen_dim != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
-  const std::int64_t least = std::max<std::int64_t>(1, 64 / shape.kv_heads);
+  // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole strips.
+  const bool is_plenty = shape.screen_dim != 0 && shape.queries.total >= 2 * threads * wanted;
+  const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : 64 / shape.kv_heads);
   SelectionPlan plan;
   static_cast<ChunkPlan&>(plan) =
       plan_chunks(op, shape.queries, 1, std::max(least, wanted), least, threads, workspace_limit,
@@ -67,7 +69,7 @@ SpanLayout lay_out_span(const SelectionShape& shape) {
   SpanLayout layout;
   LayoutCursor cursor;
   layout.queries = cursor.take(kFewRows * shape.index_dim);
-  layout.keys = cursor.take(shape.index_dim * padded_stride(shape.block_size));
+  layout.keys = cursor.take(shape.index_dim * kStripRows);
   layout.scores = cursor.take(kFewRows * padded_stride(shape.block_size));
   layout.best = cursor.take(2 * shape.topk);
   layout.end = cursor.end();

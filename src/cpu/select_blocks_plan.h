@@ -83,7 +83,7 @@ struct SpanPlan {
 /// As AttentionLayout, for a span of blocks.
 struct SpanLayout {
   std::int64_t queries = 0;  ///< [kFewRows, index_dim]
-  std::int64_t keys = 0;     ///< [index_dim, padded_stride(block_size)]
+  std::int64_t keys = 0;     ///< [index_dim, kStripRows]
   std::int64_t scores = 0;   ///< [kFewRows, padded_stride(block_size)]
   std::int64_t best = 0;     ///< int32 [2, topk]
   std::int64_t end = 0;

@@ -129,7 +129,8 @@ void fill(Problem& problem, Kind kind, Random& random) {
       each(k, [&](std::int64_t, std::int64_t) { return some(2) ? 0.0 : -0.0; });
       break;
     case Kind::kSubnormal:
-      each(k, [&](std::int64_t, std::int64_t) { return static_cast<double>(random() % 9) * 0x1p-149; });
+      // Few of them: processors take a hundred cycles for each.
+      each(k, [&](std::int64_t, std::int64_t) { return some(100) ? static_cast<double>(random() % 9) * 0x1p-149 : 0.0; });
       break;
     case Kind::kTiny:
       each(k, [&](std::int64_t, std::int64_t) { return normal(random) * 0x1p-39; });
@@ -174,7 +175,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, ScreenedSelection, ::testing::Range(0, kKinds));
 
 TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
   const auto kind = static_cast<Kind>(GetParam());
-  for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Random random(seed * 1000 + static_cast<std::uint64_t>(GetParam()));
     const auto pick = [&](const std::vector<std::int64_t>& from) { return from[random() % from.size()]; };
@@ -184,7 +185,7 @@ TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
     c.geometry.index_dim = pick({16, 48, 64, 80, 128, 256});
     c.geometry.block_size = pick({16, 32, 64});
     c.geometry.topk = pick({1, 2, 5, 16, 33});
-    c.lengths = {{pick({40, 64, 77}), 77 + c.geometry.block_size * pick({20, 100, 150}) + pick({0, 1, 15})},
+    c.lengths = {{pick({40, 64, 77}), 77 + c.geometry.block_size * pick({20, 90, 140}) + pick({0, 1, 15})},
                  {pick({1, 5}), 5 + c.geometry.block_size * 40},
                  {pick({33, 65}), 65 + c.geometry.block_size * pick({3, 30})}};
     c.index_dtype = std::vector<DType>{DType::kFloat32, DType::kBFloat16, DType::kFloat16}[random() % 3];
@@ -198,7 +199,7 @@ TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
     problem.local_blocks = pick({0, 1, 1, 2});
     problem.init_blocks = pick({0, 0, 1, 3});
     expect_screening_changes_nothing(problem.select_params());
-    if (seed % 3 == 0) {
+    if (seed == 3) {
       const PagedProblem paged(problem, c.geometry.block_size * pick({1, 2}));
       expect_screening_changes_nothing(paged.select_params());
     }
@@ -209,7 +210,7 @@ TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
   // Long enough for several prunings and for rows that are given up on the way, which the second half of the keys causes.
   for (const auto& [dim, block_size, topk] :
        std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{{64, 16, 4}, {32, 16, 64}, {128, 32, 16}}) {
-    Problem problem(Case{{4, 4, 16, 16, dim, block_size, topk}, {{70, block_size * 500 + 3}}});
+    Problem problem(Case{{3, 3, 16, 16, dim, block_size, topk}, {{44, block_size * 420 + 3}}});
     for (const bool swamped : {false, true}) {
       Random random(9);
       fill(problem, Kind::kNormal, random);
@@ -237,6 +238,26 @@ TEST(Screening, IsNotConfusedByFlushedSubnormals) {
     problem.k_idx.fill_normal(random, scale);
     expect_screening_changes_nothing(problem.select_params());
   }
+}
+
+TEST(Balance, KeepsProductsAndEvensChannels) {
+  const std::vector<float> queries = {1, 1, 0.001f, 4, 0, 1, 1e-30f};
+  const std::vector<float> keys = {1, 64, 1000, 0.25f, 5, 0, 1e30f};
+  cpu::Balance balance;
+  balance.set(queries.data(), keys.data(), 7);
+  ASSERT_NE(balance.of_keys(), nullptr);
+  for (std::size_t d = 0; d < keys.size(); ++d) {
+    const float q = balance.of_queries()[d];
+    EXPECT_EQ(q * balance.of_keys()[d], 1.0f);
+    int exponent = 0;
+    EXPECT_EQ(std::frexp(q, &exponent), 0.5f) << "not a power of two";
+    EXPECT_LE(std::abs(exponent - 1), 12);
+  }
+  EXPECT_EQ(balance.of_queries()[1], 8.0f);     // 64 and 1: both 8
+  EXPECT_EQ(balance.of_queries()[2], 1024.0f);  // 1000 and 1/1000: both about 1
+  EXPECT_EQ(balance.of_queries()[3], 0.25f);
+  balance.set(queries.data(), queries.data(), 4);
+  EXPECT_EQ(balance.of_keys(), nullptr);
 }
 
 TEST(Int8Dot, EqualsItsDefinition) {
