@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys] tensor.
-// A task owns queries and one group and goes through their blocks twice, for the maxima and sums of the softmaxes and for
-// what is made of them: the divergence, or Q - P and its products; score tiles of the first time are kept for the second as
-// far as there is room. The backward does not start from the saved lse: its rounding would move whole rows of P and Q, whose
-// difference the gradient is. dq_idx is a task's own; dk_idx is summed a task and then over the tasks in order. Tested in
-// tests/unit/index_kl_test.cc.
+// A task of the forward owns a few queries and one group and goes through their blocks twice, for the maxima and sums of the
+// softmaxes and for the divergence; score tiles of the first time are kept for the second as far as there is room. A task of
+// the backward owns many queries and goes through the blocks once, with the saved lse: Q - P of a tile and its products at
+// once. dq_idx is the task's own; dk_idx is summed over tasks in a fixed order (ordered_sums.h). docs/index-kl.md derives the
+// cost. Tested in tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_INL_H_
 #undef MSA_CPU_INDEX_KL_INL_H_
@@ -19,9 +19,10 @@
 
 #include "msa/index_kl.h"
 #include "src/core/layout.h"
-#include "src/cpu/block_walk.h"
+#include "src/cpu/block_lists.h"
 #include "src/cpu/index_kl_plan.h"
 #include "src/cpu/key_tile-inl.h"
+#include "src/cpu/ordered_sums.h"
 #include "src/cpu/row_ops-inl.h"
 #include "src/cpu/softmax-inl.h"
 #include "src/cpu/tile-inl.h"
@@ -128,18 +129,27 @@ HWY_ATTR float sum_divergence(const float* rows, std::int64_t stride, const floa
   return hn::GetLane(hn::SumOfLanes(df, sum));
 }
 
-/// Q - P of the first `columns` keys, in place of the index row: Q = index_weight e^(index_row - index_largest). Columns that
-/// the query does not see get meaningless values: nobody reads them.
+/// Q - P of the keys [0, visible), in place of the index row; 0 from there up to `columns`, a multiple of 16. Both from
+/// scores and lse: P = teacher of e^(scale S - lse[h]) over the heads' rows, divided by norm.
 template <Teacher kTeacher>
-HWY_ATTR void subtract_distributions(const float* rows, std::int64_t stride, const float* factors, std::int64_t heads,
-                                     float norm, float index_largest, float index_weight, std::int64_t columns,
-                                     float* index_row) {
+HWY_ATTR void subtract_distributions(const float* scores, std::int64_t stride, const float* lse, std::int64_t heads,
+                                     float scale, float norm, float index_scale, float index_lse, std::int64_t visible,
+                                     std::int64_t columns, float* index_row) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto s = hn::Set(df, scale);
+  // Scaled and rounded before the subtraction, as in the forward: the probability of an only key is exactly 1.
+  const auto probability = [&](std::int64_t h, std::int64_t j) HWY_ATTR {
+    return exp_lanes(hn::Sub(hn::Mul(hn::LoadU(df, scores + h * stride + j), s), hn::Set(df, lse[h])));
+  };
   for (std::int64_t j = 0; j < columns; j += lanes) {
-    const auto p = hn::Div(read_mass<kTeacher>(rows, stride, factors, heads, j), hn::Set(df, norm));
-    const auto e = exp_lanes(hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, index_largest)));
-    hn::StoreU(hn::Sub(hn::Mul(e, hn::Set(df, index_weight)), p), df, index_row + j);
+    auto mass = probability(0, j);
+    for (std::int64_t h = 1; h < heads; ++h) mass = add_mass<kTeacher>(mass, probability(h, j));
+    const auto p = hn::Div(mass, hn::Set(df, norm));
+    const auto index_score = hn::Mul(hn::LoadU(df, index_row + j), hn::Set(df, index_scale));
+    const auto q = exp_lanes(hn::Sub(index_score, hn::Set(df, index_lse)));
+    const auto mask = hn::FirstN(df, static_cast<std::size_t>(std::max<std::int64_t>(visible - j, 0)));
+    hn::StoreU(hn::IfThenElseZero(mask, hn::Sub(q, p)), df, index_row + j);
   }
 }
 
@@ -147,7 +157,7 @@ inline void write_float(const TensorView& tensor, std::int64_t row, std::int64_t
   *reinterpret_cast<float*>(head_row(tensor, row, head)) = value;
 }
 
-/// A chunk of queries and one group, forward or backward.
+/// A chunk of queries and one group in the forward.
 class KlChunk {
  public:
   HWY_ATTR KlChunk(const IndexKlParams& params, const IndexKlShape& shape, const IndexKlLayout& layout,
@@ -167,8 +177,8 @@ class KlChunk {
         norms_(scratch + layout.norms),
         key_rows_(params.k, params.batch),
         index_key_rows_(params.k_idx, params.batch),
-        walk_(params.batch, sequence_, params.blocks, group, shape.block_size, chunk.begin, chunk.end,
-              reinterpret_cast<std::int32_t*>(scratch + layout.walk)) {
+        lists_(params.batch, sequence_, params.blocks, group, shape.block_size, chunk.begin, chunk.end,
+               reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
     load_query_rows(params.q, first_row_, count_, group * shape.group_size, shape.group_size,
                     scratch + layout.queries);
     load_query_rows(params.q_idx, first_row_, count_, group, 1, scratch + layout.index_queries);
@@ -222,64 +232,6 @@ class KlChunk {
     });
   }
 
-  /// dq_idx, and the sums of dk_idx, before `factor` = grad_output * index_scale / rows. key_sums[block] are
-  /// [block_size, index_dim]; touched[block] says which were written.
-  template <Teacher kTeacher>
-  HWY_ATTR void write_gradients(const IndexKlBackwardLayout& layout, float factor, float* key_sums,
-                                std::uint8_t* touched, const TensorView& dq_idx) {
-    const std::int64_t index_dim = shape_.index_dim;
-    const std::int64_t index_stride = padded_stride(index_dim);
-    const std::int64_t query_stride = row_count_ * tile_stride_;
-    float* query_tile = scratch_ + layout.index_query_tile;
-    float* query_grads = scratch_ + layout.index_query_grads;
-    float* index_keys = scratch_ + layout.index_key_rows;
-    float* sums = scratch_ + layout.sums;
-    std::fill(query_grads, query_grads + count_ * index_dim, 0.0f);
-    std::int64_t loaded = -1;
-    pass_tiles(false, [&](const Tile& tile) HWY_ATTR {
-      const std::int64_t block_keys = walk_.block_keys();
-      float* key_sum = key_sums + walk_.block() * shape_.block_size * index_dim;
-      if (loaded != walk_.block()) {
-        loaded = walk_.block();
-        touched[loaded] = 1;
-        std::fill(key_sum, key_sum + shape_.block_size * index_dim, 0.0f);
-        load_value_rows(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, loaded * shape_.block_size, block_keys,
-                        index_dim, index_keys, index_stride);
-      }
-      float* gradients = tile.rows + shape_.group_size * tile_stride_;
-      for (std::int64_t t = 0; t < tile.count; ++t) {
-        const std::int64_t i = tile.members[t];
-        const std::int64_t index = i * row_count_ + shape_.group_size;
-        const float* rows = tile.rows + t * query_stride;
-        subtract_distributions<kTeacher>(rows, tile_stride_, find_factors(i, rows), shape_.group_size, norms_[i],
-                                         softmax_shift(largest_[index]), static_cast<float>(1.0 / totals_[index]),
-                                         padded_columns(block_keys), gradients + t * query_stride);
-        const float* query = scratch_ + layout_.index_queries + i * index_dim;
-        std::copy(query, query + index_dim, query_tile + t * index_stride);
-      }
-      // Queries inside the block come first and see a part of it: exactly that part, for 0 times an unseen NaN is NaN.
-      const auto add_rows = [&](std::int64_t first, std::int64_t rows, std::int64_t visible) HWY_ATTR {
-        product(rows, index_dim, visible, gradients + first * query_stride, query_stride, 1, index_keys, index_stride,
-                sums + first * index_dim, index_dim, false);
-        product(visible, index_dim, rows, gradients + first * query_stride, 1, query_stride,
-                query_tile + first * index_stride, index_stride, key_sum, index_dim, true);
-      };
-      std::int64_t t = 0;
-      for (; t < tile.count && walk_.visible_keys(tile.members[t]) < block_keys; ++t) {
-        add_rows(t, 1, walk_.visible_keys(tile.members[t]));
-      }
-      if (t < tile.count) add_rows(t, tile.count - t, block_keys);
-      for (t = 0; t < tile.count; ++t) {
-        add_row(sums + t * index_dim, index_dim, query_grads + tile.members[t] * index_dim);
-      }
-    });
-    for (std::int64_t i = 0; i < count_; ++i) {
-      float* row = query_grads + i * index_dim;
-      scale_row(factor, index_dim, row);
-      store_row(row, index_dim, dq_idx.dtype, head_row(dq_idx, first_row_ + i, group_));
-    }
-  }
-
   /// Saves lse and norms of the queries that have a block; the others keep what they were filled with.
   void save(const IndexKlSaved& saved) const {
     for (std::int64_t i = 0; i < count_; ++i) {
@@ -300,14 +252,8 @@ class KlChunk {
   std::int64_t count() const { return count_; }
 
  private:
-  // Some queries that attend to a block: row h < group_size of query members[t], from rows + t * row_count * tile_stride on,
-  // holds e^(score - block maximum) of head h, row group_size the scaled scores of the index; column block_size the row's
-  // maximum, the next one the sum of its exponentials.
-  struct Tile {
-    const std::int32_t* members;
-    std::int64_t count;
-    float* rows;
-  };
+  // Of a query and a block: row h < group_size of `rows` holds e^(score - block maximum) of head h, row group_size the scaled
+  // scores of the index; column block_size the row's maximum, the next one the sum of its exponentials.
 
   // e^(block maximum - maximum) / sum: what a head's stored exponentials are to be multiplied by.
   HWY_ATTR const float* find_factors(std::int64_t i, const float* rows) {
@@ -320,52 +266,48 @@ class KlChunk {
     return factors;
   }
 
-  // Calls body(tile) for all tiles, blocks ascending.
+  // Calls body(query, visible, rows) for every query of the chunk and block, blocks ascending.
   template <class Body>
-  HWY_ATTR void pass_tiles(bool is_first, const Body& body) {
+  HWY_ATTR void pass_queries(bool is_first, const Body& body) {
     const std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
     std::int64_t used = 0;
-    walk_.rewind();
-    while (walk_.next()) {
+    for (std::int64_t block = 0; block < lists_.blocks(); ++block) {
+      const std::int32_t* members = lists_.members(block);
+      const std::int64_t count = lists_.count(block);
       bool is_loaded = false;
-      for (std::int64_t t0 = 0; t0 < walk_.count(); t0 += tile_queries) {
-        Tile tile{walk_.members() + t0, std::min(tile_queries, walk_.count() - t0), nullptr};
-        const std::int64_t floats = tile.count * row_count_ * tile_stride_;
+      for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
+        const std::int64_t n = std::min(tile_queries, count - t0);
+        const std::int64_t floats = n * row_count_ * tile_stride_;
         const bool is_kept = used + floats <= layout_.strip_floats;
-        tile.rows = scratch_ + (is_kept ? layout_.strip + used : layout_.tile);
+        float* rows = scratch_ + (is_kept ? layout_.strip + used : layout_.tile);
         if (is_kept) used += floats;
         if (is_first || !is_kept) {
-          if (!is_loaded) load_block();
+          // Nothing behind the last member's position is read: it need not even hold a key.
+          const std::int64_t block_keys = lists_.visible_keys(members[count - 1], block);
+          if (!is_loaded) load_block(block, block_keys);
           is_loaded = true;
-          compute_tile(tile.members, tile.count, tile.rows);
+          compute_tile(block, block_keys, members + t0, n, rows);
         }
-        body(tile);
+        for (std::int64_t t = 0; t < n; ++t) {
+          const std::int64_t i = members[t0 + t];
+          body(i, lists_.visible_keys(i, block), rows + t * row_count_ * tile_stride_);
+        }
       }
     }
   }
 
-  // Calls body(query, visible, rows) for every query of the chunk and block, blocks ascending.
-  template <class Body>
-  HWY_ATTR void pass_queries(bool is_first, const Body& body) {
-    pass_tiles(is_first, [&](const Tile& tile) HWY_ATTR {
-      for (std::int64_t t = 0; t < tile.count; ++t) {
-        const std::int64_t i = tile.members[t];
-        body(i, walk_.visible_keys(i), tile.rows + t * row_count_ * tile_stride_);
-      }
-    });
+  HWY_ATTR void load_block(std::int64_t block, std::int64_t block_keys) {
+    const std::int64_t begin = block * shape_.block_size;
+    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, block_keys, shape_.head_dim,
+                         scratch_ + layout_.keys, padded_stride(shape_.block_size));
+    load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, block_keys, shape_.index_dim,
+                         scratch_ + layout_.index_keys, padded_stride(shape_.block_size));
   }
 
-  HWY_ATTR void load_block() {
-    const std::int64_t begin = walk_.block() * shape_.block_size;
-    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, walk_.block_keys(),
-                         shape_.head_dim, scratch_ + layout_.keys, padded_stride(shape_.block_size));
-    load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, walk_.block_keys(),
-                         shape_.index_dim, scratch_ + layout_.index_keys, padded_stride(shape_.block_size));
-  }
-
-  HWY_ATTR void compute_tile(const std::int32_t* members, std::int64_t count, float* tile) {
+  HWY_ATTR void compute_tile(std::int64_t block, std::int64_t block_keys, const std::int32_t* members,
+                             std::int64_t count, float* tile) {
     const std::int64_t key_stride = padded_stride(shape_.block_size);
-    const std::int64_t columns = padded_columns(walk_.block_keys());
+    const std::int64_t columns = padded_columns(block_keys);
     const std::int64_t group_size = shape_.group_size;
     const TileRows<const float> queries{scratch_ + layout_.queries, members, group_size, group_size * shape_.head_dim,
                                         shape_.head_dim};
@@ -378,7 +320,7 @@ class KlChunk {
     const auto scale = static_cast<float>(*params_.scale);
     const auto index_scale = static_cast<float>(*params_.index_scale);
     for (std::int64_t t = 0; t < count; ++t) {
-      const std::int64_t visible = walk_.visible_keys(members[t]);
+      const std::int64_t visible = lists_.visible_keys(members[t], block);
       float* row = tile + t * row_count_ * tile_stride_;
       for (std::int64_t h = 0; h < group_size; ++h, row += tile_stride_) {
         const float largest = scale_and_max(row, visible, scale);
@@ -404,7 +346,7 @@ class KlChunk {
   float* norms_;
   core::KeyRows key_rows_;
   core::KeyRows index_key_rows_;
-  BlockWalk walk_;
+  BlockLists lists_;
 };
 
 /// One task of the forward: saves lse and norms and writes values[row * kv_heads + group] = the row's KL.
@@ -426,24 +368,171 @@ inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShap
   }
 }
 
-/// One task of the backward; see KlChunk::write_gradients.
-inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const IndexKlShape& shape,
-                                           const IndexKlBackwardLayout& layout, const IndexKlTask& task, float factor,
-                                           float* scratch, float* key_sums, std::uint8_t* touched,
-                                           const TensorView& dq_idx) {
-  std::fill(touched, touched + task.blocks, std::uint8_t{0});
-  KlChunk chunk(params, shape, layout.chunk, task.chunk, task.group, scratch);
-  chunk.find_sums();
-  chunk.find_norms();
-  if (params.teacher == Teacher::kMean) {
-    chunk.write_gradients<Teacher::kMean>(layout, factor, key_sums, touched, dq_idx);
-  } else {
-    chunk.write_gradients<Teacher::kMax>(layout, factor, key_sums, touched, dq_idx);
+/// A chunk of queries and one group in the backward: add_block for ascending blocks, write_query_grads.
+class KlChunkBackward {
+ public:
+  /// `scratch` is laid out by `layout`.
+  HWY_ATTR KlChunkBackward(const IndexKlParams& params, const IndexKlSaved& saved, const IndexKlShape& shape,
+                           const IndexKlBackwardLayout& layout, const QueryChunk& chunk, std::int64_t group,
+                           float* scratch)
+      : params_(params),
+        shape_(shape),
+        sequence_(core::get_sequence(params.batch, chunk.sequence)),
+        group_(group),
+        first_row_(sequence_.query_begin + chunk.begin),
+        count_(chunk.end - chunk.begin),
+        query_stride_(padded_stride(shape.head_dim)),
+        index_stride_(padded_stride(shape.index_dim)),
+        block_stride_(padded_stride(shape.block_size)),
+        key_rows_(params.k, params.batch),
+        index_key_rows_(params.k_idx, params.batch),
+        lse_(scratch + layout.lse),
+        norms_(scratch + layout.norms),
+        query_grads_(scratch + layout.query_grads),
+        keys_t_(scratch + layout.keys_t),
+        index_keys_(scratch + layout.index_keys),
+        index_keys_t_(scratch + layout.index_keys_t),
+        queries_(scratch + layout.queries),
+        index_queries_(scratch + layout.index_queries),
+        scores_(scratch + layout.scores),
+        index_scores_(scratch + layout.index_scores),
+        lists_(params.batch, sequence_, params.blocks, group, shape.block_size, chunk.begin, chunk.end,
+               reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
+    std::fill(query_grads_, query_grads_ + count_ * shape.index_dim, 0.0f);
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const std::int64_t row = first_row_ + i;
+      float* lse = lse_ + i * (shape.group_size + 1);
+      for (std::int64_t h = 0; h < shape.group_size; ++h) {
+        lse[h] = read_float(saved.lse_main, row, group * shape.group_size + h);
+      }
+      lse[shape.group_size] = read_float(saved.lse_index, row, group);
+      norms_[i] = read_float(saved.teacher_norm, row, group);
+    }
   }
-}
 
-/// sum[0, floats) += part, floats a multiple of 16.
-inline HWY_ATTR void add_key_sums(const float* part, std::int64_t floats, float* sum) { add_row(part, floats, sum); }
+  bool has_members(std::int64_t block) const { return block < lists_.blocks() && lists_.count(block) > 0; }
+
+  /// Adds a block to dq_idx of its members, and what they give to its dk_idx to `part`, [block_size, index_dim]; neither is
+  /// scaled.
+  template <Teacher kTeacher>
+  HWY_ATTR void add_block(std::int64_t block, float* part) {
+    const std::int32_t* members = lists_.members(block);
+    const std::int64_t count = lists_.count(block);
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    load_block(block * shape_.block_size, lists_.visible_keys(members[count - 1], block));
+    for (std::int64_t t0 = 0; t0 < count; t0 += kScoreRows) {
+      add_tile<kTeacher>(block, members + t0, std::min(kScoreRows, count - t0), part);
+    }
+  }
+
+  HWY_ATTR void write_query_grads(float factor, const TensorView& dq_idx) {
+    for (std::int64_t i = 0; i < count_; ++i) {
+      float* row = query_grads_ + i * shape_.index_dim;
+      scale_row(factor, shape_.index_dim, row);
+      store_row(row, shape_.index_dim, dq_idx.dtype, head_row(dq_idx, first_row_ + i, group_));
+    }
+  }
+
+ private:
+  HWY_ATTR void load_block(std::int64_t begin, std::int64_t keys) {
+    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, keys, shape_.head_dim, keys_t_,
+                         block_stride_);
+    load_value_rows(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
+                    index_keys_, index_stride_);
+    load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
+                         index_keys_t_, block_stride_);
+  }
+
+  // At most kScoreRows queries that attend to the block: their index scores at once, those of the heads a few queries at a
+  // time.
+  template <Teacher kTeacher>
+  HWY_ATTR void add_tile(std::int64_t block, const std::int32_t* members, std::int64_t count, float* part) {
+    const std::int64_t least = lists_.visible_keys(members[0], block);
+    const std::int64_t most = lists_.visible_keys(members[count - 1], block);
+    const std::int64_t columns = padded_columns(most);
+    for (std::int64_t t = 0; t < count; ++t) {
+      load_row(head_row(params_.q_idx, first_row_ + members[t], group_), params_.q_idx.dtype, shape_.index_dim,
+               index_queries_ + t * index_stride_);
+    }
+    product(count, columns, shape_.index_dim, index_queries_, index_stride_, 1, index_keys_t_, block_stride_,
+            index_scores_, block_stride_, false);
+    const std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
+    for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
+      find_gradients<kTeacher>(block, members + t0, std::min(tile_queries, count - t0), columns,
+                               index_scores_ + t0 * block_stride_);
+    }
+    const auto add_query_grads = [&](std::int64_t begin, std::int64_t end, std::int64_t visible) HWY_ATTR {
+      float* grads[kScoreRows];
+      for (std::int64_t t = begin; t < end; ++t) grads[t - begin] = query_grads_ + members[t] * shape_.index_dim;
+      product_add(end - begin, shape_.index_dim, visible, index_scores_ + begin * block_stride_, block_stride_, 1,
+                  index_keys_, index_stride_, grads);
+    };
+    const auto add_key_grads = [&](std::int64_t begin, std::int64_t end, std::int64_t first) HWY_ATTR {
+      product_add(end - begin, shape_.index_dim, count - first, index_scores_ + first * block_stride_ + begin, 1,
+                  block_stride_, index_queries_ + first * index_stride_, index_stride_,
+                  StridedRows<float>{part + begin * shape_.index_dim, shape_.index_dim});
+    };
+    // Keys that a query does not see have Q - P = 0, which is as good as leaving them out, but for a 0 times infinity or NaN
+    // of somebody else's.
+    if (least == most || (are_finite(index_keys_, index_stride_, most, shape_.index_dim) &&
+                          are_finite(index_queries_, index_stride_, count, shape_.index_dim))) {
+      add_query_grads(0, count, most);
+      add_key_grads(0, most, 0);
+      return;
+    }
+    for (std::int64_t t = 0; t < count; ++t) add_query_grads(t, t + 1, lists_.visible_keys(members[t], block));
+    for (std::int64_t j = 0, t = 0; j < most; ++j) {
+      while (lists_.visible_keys(members[t], block) <= j) ++t;
+      add_key_grads(j, j + 1, t);
+    }
+  }
+
+  // Turns the index scores of a few queries into Q - P.
+  template <Teacher kTeacher>
+  HWY_ATTR void find_gradients(std::int64_t block, const std::int32_t* members, std::int64_t count,
+                               std::int64_t columns, float* index_scores) {
+    const std::int64_t group_size = shape_.group_size;
+    for (std::int64_t t = 0; t < count; ++t) {
+      for (std::int64_t h = 0; h < group_size; ++h) {
+        load_row(head_row(params_.q, first_row_ + members[t], group_ * group_size + h), params_.q.dtype,
+                 shape_.head_dim, queries_ + (t * group_size + h) * query_stride_);
+      }
+    }
+    product(count * group_size, columns, shape_.head_dim, queries_, query_stride_, 1, keys_t_, block_stride_, scores_,
+            block_stride_, false);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const float* lse = lse_ + members[t] * (group_size + 1);
+      subtract_distributions<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size,
+                                       static_cast<float>(*params_.scale), norms_[members[t]],
+                                       static_cast<float>(*params_.index_scale), lse[group_size],
+                                       lists_.visible_keys(members[t], block), columns,
+                                       index_scores + t * block_stride_);
+    }
+  }
+
+  const IndexKlParams& params_;
+  const IndexKlShape& shape_;
+  core::Sequence sequence_;
+  std::int64_t group_;
+  std::int64_t first_row_;
+  std::int64_t count_;
+  std::int64_t query_stride_;
+  std::int64_t index_stride_;
+  std::int64_t block_stride_;
+  core::KeyRows key_rows_;
+  core::KeyRows index_key_rows_;
+  float* lse_;
+  float* norms_;
+  float* query_grads_;
+  float* keys_t_;
+  float* index_keys_;
+  float* index_keys_t_;
+  float* queries_;
+  float* index_queries_;
+  float* scores_;
+  float* index_scores_;
+  BlockLists lists_;
+};
 
 /// Writes dk_idx of `rows` keys, the first being row `first` of the packed buffer.
 inline HWY_ATTR void store_index_key_grads(float* sum, std::int64_t rows, std::int64_t index_dim, float factor,
@@ -453,6 +542,44 @@ inline HWY_ATTR void store_index_key_grads(float* sum, std::int64_t rows, std::i
     store_row(sum + j * index_dim, index_dim, dk_idx.dtype,
               dk_idx.data + (first + j) * dk_idx.stride(0) * static_cast<std::int64_t>(dtype_size(dk_idx.dtype)));
   }
+}
+
+/// Task `index` of the backward: dq_idx of its rows, and its share of dk_idx. `factor` = grad_output * index_scale / rows;
+/// `sums` are those of all tasks, [block_size, index_dim] a block.
+inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const IndexKlSaved& saved,
+                                           const IndexKlShape& shape, const IndexKlBackwardLayout& layout,
+                                           const BackwardTask& task, std::int64_t index, float factor, TaskOrder& order,
+                                           float* sums, float* scratch, const TensorView& dq_idx,
+                                           const TensorView& dk_idx) {
+  KlChunkBackward chunk(params, saved, shape, layout, task.chunk, task.head, scratch);
+  const std::int64_t floats = shape.block_size * shape.index_dim;
+  const core::Sequence sequence = core::get_sequence(params.batch, task.chunk.sequence);
+  const std::int64_t first_key = params.batch.cu_seqlens_k[static_cast<std::size_t>(sequence.index)];
+  for (std::int64_t block = 0; block < task.blocks; ++block) {
+    const bool is_first = task.previous < 0;
+    const bool is_last = block >= task.last_begin;
+    float* sum = is_first && is_last ? nullptr : sums + (task.sum_begin + block) * floats;
+    float* part = is_first && !is_last ? sum : scratch + layout.part;
+    std::fill(part, part + floats, 0.0f);
+    if (chunk.has_members(block)) {
+      if (params.teacher == Teacher::kMean) {
+        chunk.add_block<Teacher::kMean>(block, part);
+      } else {
+        chunk.add_block<Teacher::kMax>(block, part);
+      }
+    }
+    if (!is_first) {
+      order.wait_for(task.previous, block);
+      add_row(is_last ? sum : part, floats, is_last ? part : sum);
+    }
+    if (is_last) {
+      const std::int64_t begin = block * shape.block_size;
+      store_index_key_grads(part, std::min(shape.block_size, sequence.keys - begin), shape.index_dim, factor,
+                            first_key + begin, dk_idx);
+    }
+    order.finish(index, block + 1);
+  }
+  chunk.write_query_grads(factor, dq_idx);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -22,8 +22,6 @@ namespace msa::cpu {
 
 HWY_EXPORT(run_index_kl);
 HWY_EXPORT(run_index_kl_backward);
-HWY_EXPORT(add_key_sums);
-HWY_EXPORT(store_index_key_grads);
 
 namespace {
 
@@ -35,8 +33,8 @@ IndexKlShape find_shape(const IndexKlParams& params) {
   shape.head_dim = params.q.size(2);
   shape.index_dim = params.q_idx.size(2);
   shape.block_size = params.block_size;
-  shape.row_blocks = count_blocks(params.batch, params.block_size);
-  if (!params.blocks.empty()) shape.row_blocks = std::min(shape.row_blocks, params.blocks.size(2));
+  shape.blocks = count_blocks(params.batch, params.block_size);
+  shape.topk = params.blocks.empty() ? 0 : params.blocks.size(2);
   return shape;
 }
 
@@ -44,17 +42,6 @@ void fill_rows(const TensorView& tensor, float value) {
   for (std::int64_t row = 0; row < tensor.size(0); ++row) {
     auto* first = reinterpret_cast<float*>(tensor.data) + row * tensor.stride(0);
     std::fill(first, first + tensor.size(1), value);
-  }
-}
-
-// Adds the sums that the tasks [begin, end) of a round left for one block of a sequence, in order.
-void add_round(const IndexKlBackwardPlan& plan, std::int64_t begin, std::int64_t end, const core::Sequence& sequence,
-               std::int64_t block, std::int64_t block_floats, const float* sums, const std::uint8_t* touched,
-               float* out) {
-  for (std::int64_t t = begin; t < end; ++t) {
-    const IndexKlTask& task = plan.tasks[static_cast<std::size_t>(t)];
-    if (task.chunk.sequence != sequence.index || block >= task.blocks || touched[task.sum_begin + block] == 0) continue;
-    HWY_DYNAMIC_DISPATCH(add_key_sums)(sums + (task.sum_begin + block) * block_floats, block_floats, out);
   }
 }
 
@@ -82,61 +69,29 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
   return static_cast<float>(sum / static_cast<double>(rows));
 }
 
-void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved&,
+void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
                        float grad_output, const TensorView& dq_idx, const TensorView& dk_idx) {
   ensure_instruction_set();
   const Batch& batch = params.batch;
   const IndexKlShape shape = find_shape(params);
   zero_rows(dq_idx, shape.queries.total);
-  zero_rows(dk_idx, shape.queries.total == 0 ? 0 : batch.cu_seqlens_k.back());
+  zero_rows(dk_idx, 0);  // blocks that no query sees belong to no task
   if (shape.queries.total == 0) return;
   const IndexKlBackwardPlan plan = plan_index_kl_backward(
       "index_kl_backward", shape, batch, core::resolve_threads(context.threads), context.workspace_limit);
-  const IndexKlBackwardLayout layout = lay_out_index_kl_backward(shape, plan.keep_tiles);
+  const IndexKlBackwardLayout layout = lay_out_index_kl_backward(shape);
   const auto factor = static_cast<float>(static_cast<double>(grad_output) * *params.index_scale /
                                          static_cast<double>(shape.queries.total * shape.kv_heads));
-  const std::int64_t block_floats = shape.block_size * shape.index_dim;
-
-  struct KeyBlock {
-    core::Sequence sequence;
-    std::int64_t block = 0;
-  };
-  std::vector<KeyBlock> blocks;
-  for (std::int64_t s = 0; s < batch.sequences(); ++s) {
-    const core::Sequence sequence = core::get_sequence(batch, s);
-    for (std::int64_t b = 0; b * shape.block_size < sequence.keys; ++b) blocks.push_back({sequence, b});
-  }
+  const BackwardTasks work = list_backward_tasks(batch, shape.kv_heads, shape.kv_heads, shape.block_size, true);
   const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
   core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
-  core::Buffer<float> sums(static_cast<std::size_t>(plan.round_blocks * block_floats));
-  core::Buffer<std::uint8_t> touched(static_cast<std::size_t>(plan.round_blocks));
-  core::Buffer<float> totals(blocks.size() * static_cast<std::size_t>(block_floats));
+  core::Buffer<float> sums(plan.shared_bytes / sizeof(float));
+  TaskOrder order(work.tasks.size());
   const auto run = HWY_DYNAMIC_DISPATCH(run_index_kl_backward);
-  const auto store = HWY_DYNAMIC_DISPATCH(store_index_key_grads);
-  std::int64_t begin = 0;
-  for (std::size_t round = 0; round < plan.round_ends.size(); ++round) {
-    const std::int64_t end = plan.round_ends[round];
-    core::parallel_for(plan.workers, end - begin, [&](std::int64_t t, int worker) {
-      const IndexKlTask& task = plan.tasks[static_cast<std::size_t>(begin + t)];
-      run(params, shape, layout, task, factor,
-          scratch.data() + worker_floats * static_cast<std::size_t>(worker),
-          sums.data() + task.sum_begin * block_floats, touched.data() + task.sum_begin, dq_idx);
-    });
-    const bool is_first = round == 0;
-    const bool is_last = round + 1 == plan.round_ends.size();
-    core::parallel_for(plan.workers, static_cast<std::int64_t>(blocks.size()), [&](std::int64_t i, int) {
-      const KeyBlock& key_block = blocks[static_cast<std::size_t>(i)];
-      float* total = totals.data() + i * block_floats;
-      if (is_first) std::fill(total, total + block_floats, 0.0f);
-      add_round(plan, begin, end, key_block.sequence, key_block.block, block_floats, sums.data(), touched.data(),
-                total);
-      if (!is_last) return;
-      const std::int64_t first = key_block.block * shape.block_size;
-      store(total, std::min(shape.block_size, key_block.sequence.keys - first), shape.index_dim, factor,
-            batch.cu_seqlens_k[static_cast<std::size_t>(key_block.sequence.index)] + first, dk_idx);
-    });
-    begin = end;
-  }
+  core::parallel_for(plan.workers, static_cast<std::int64_t>(work.tasks.size()), [&](std::int64_t i, int worker) {
+    run(params, saved, shape, layout, work.tasks[static_cast<std::size_t>(i)], i, factor, order, sums.data(),
+        scratch.data() + worker_floats * static_cast<std::size_t>(worker), dq_idx, dk_idx);
+  });
 }
 
 }  // namespace msa::cpu
