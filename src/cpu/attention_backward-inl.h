@@ -16,11 +16,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "msa/attention.h"
 #include "src/core/layout.h"
 #include "src/cpu/attention_backward_plan.h"
+#include "src/cpu/attention_backward_bf16-inl.h"
 #include "src/cpu/attention_backward_problem.h"
+#include "src/cpu/attention_backward_rows-inl.h"
 #include "src/cpu/block_lists.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/ordered_sums.h"
@@ -74,9 +77,8 @@ class ChunkBackward {
         shape_(shape),
         sequence_(core::get_sequence(*problem.batch, chunk.sequence)),
         kv_head_(kv_head),
-        first_row_(sequence_.query_begin + chunk.begin),
-        first_head_(kv_head * shape.group_size),
-        count_(chunk.end - chunk.begin),
+        rows_{sequence_.query_begin + chunk.begin, kv_head * shape.group_size, shape.group_size,
+              (chunk.end - chunk.begin) * shape.group_size},
         key_stride_(padded_stride(shape.head_dim)),
         value_stride_(padded_stride(shape.value_dim)),
         block_stride_(padded_stride(shape.block_size)),
@@ -93,42 +95,10 @@ class ChunkBackward {
         grads_(scratch + layout.grads),
         lists_(*problem.batch, sequence_, problem.blocks, kv_head, shape.block_size, chunk.begin, chunk.end,
                reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
-    std::fill(query_grads_, query_grads_ + count_ * shape.group_size * shape.head_dim, 0.0f);
+    std::fill(query_grads_, query_grads_ + rows_.count * shape.head_dim, 0.0f);
   }
 
-  HWY_ATTR void find_terms() {
-    const hn::FixedTag<float, 4> d4;
-    alignas(64) float rows[4 * kMaxHeadDim] = {};
-    alignas(64) float out[4 * kMaxHeadDim];
-    alignas(64) float out_grads[4 * kMaxHeadDim];
-    alignas(16) float means[4];
-    const std::int64_t dim = shape_.value_dim;
-    const ConstTensorView& dlse = problem_.saved.dlse;
-    for (std::int64_t first = 0; first < count_ * shape_.group_size; first += 4) {
-      const std::int64_t n = std::min<std::int64_t>(4, count_ * shape_.group_size - first);
-      const auto load_transposed = [&](const ConstTensorView& tensor, float* to) HWY_ATTR {
-        for (std::int64_t r = 0; r < n; ++r) {
-          load_row(head_row(tensor, tensor_row(first + r), tensor_head(first + r)), tensor.dtype, dim, rows + r * dim);
-        }
-        transpose(rows, dim, 4, dim, to, 4);
-      };
-      load_transposed(problem_.saved.out, out);
-      load_transposed(problem_.saved.dout, out_grads);
-      // The chain of roundings of `product`: where out is a value, of an only key, this is dP to the last bit.
-      auto sum = hn::Zero(d4);
-      for (std::int64_t d = 0; d < dim; ++d) {
-        sum = hn::MulAdd(hn::Load(d4, out_grads + 4 * d), hn::Load(d4, out + 4 * d), sum);
-      }
-      hn::Store(sum, d4, means);
-      for (std::int64_t r = 0; r < n; ++r) {
-        const std::int64_t row = tensor_row(first + r);
-        const std::int64_t head = tensor_head(first + r);
-        terms_[first + r] = {.shift = read_float(problem_.saved.lse, row, head),
-                             .mean = means[r],
-                             .lse_grad = dlse.empty() ? 0.0f : read_float(dlse, row, head)};
-      }
-    }
-  }
+  HWY_ATTR void find_terms() { find_row_terms(problem_.saved, rows_, terms_); }
 
   bool has_members(std::int64_t block) const { return block < lists_.blocks() && lists_.count(block) > 0; }
 
@@ -145,20 +115,24 @@ class ChunkBackward {
     }
   }
 
-  HWY_ATTR void write_query_grads() {
-    for (std::int64_t r = 0; r < count_ * shape_.group_size; ++r) {
-      float* grad = query_grads_ + r * shape_.head_dim;
-      scale_row(problem_.scale, shape_.head_dim, grad);
-      store_row(grad, shape_.head_dim, problem_.grads.dq.dtype,
-                head_row(problem_.grads.dq, tensor_row(r), tensor_head(r)));
+  HWY_ATTR void write_query_grads() { store_query_grads(problem_.scale, rows_, query_grads_, problem_.grads.dq); }
+
+  /// Writes dk and dv of a block from its sum, which is scaled.
+  HWY_ATTR void write_key_grads(std::int64_t block, float* sum) {
+    const std::int64_t begin = block * shape_.block_size;
+    const std::int64_t keys = std::min(shape_.block_size, sequence_.keys - begin);
+    const std::int64_t first = problem_.batch->cu_seqlens_k[static_cast<std::size_t>(sequence_.index)] + begin;
+    float* value_sum = sum + shape_.block_size * shape_.head_dim;
+    for (std::int64_t j = 0; j < keys; ++j) {
+      scale_row(problem_.scale, shape_.head_dim, sum + j * shape_.head_dim);
+      store_row(sum + j * shape_.head_dim, shape_.head_dim, problem_.grads.dk.dtype,
+                head_row(problem_.grads.dk, first + j, kv_head_));
+      store_row(value_sum + j * shape_.value_dim, shape_.value_dim, problem_.grads.dv.dtype,
+                head_row(problem_.grads.dv, first + j, kv_head_));
     }
   }
 
  private:
-  // Rows are counted within the chunk, query by query.
-  std::int64_t tensor_row(std::int64_t row) const { return first_row_ + row / shape_.group_size; }
-  std::int64_t tensor_head(std::int64_t row) const { return first_head_ + row % shape_.group_size; }
-
   HWY_ATTR void load_block(std::int64_t begin, std::int64_t keys) {
     load_value_rows(key_rows_, problem_.k.dtype, sequence_.index, kv_head_, begin, keys, shape_.head_dim, keys_,
                     key_stride_);
@@ -175,12 +149,12 @@ class ChunkBackward {
 
   HWY_ATTR void load_tile(const std::int32_t* members, std::int64_t count) {
     for (std::int64_t t = 0; t < count; ++t) {
-      const std::int64_t row = first_row_ + members[t];
+      const std::int64_t row = rows_.first_row + members[t];
       for (std::int64_t h = 0; h < shape_.group_size; ++h) {
         const std::int64_t r = t * shape_.group_size + h;
-        load_row(head_row(problem_.q, row, first_head_ + h), problem_.q.dtype, shape_.head_dim,
+        load_row(head_row(problem_.q, row, rows_.first_head + h), problem_.q.dtype, shape_.head_dim,
                  queries_ + r * key_stride_);
-        load_row(head_row(problem_.saved.dout, row, first_head_ + h), problem_.saved.dout.dtype, shape_.value_dim,
+        load_row(head_row(problem_.saved.dout, row, rows_.first_head + h), problem_.saved.dout.dtype, shape_.value_dim,
                  out_grads_ + r * value_stride_);
       }
     }
@@ -260,9 +234,7 @@ class ChunkBackward {
   const AttentionShape& shape_;
   core::Sequence sequence_;
   std::int64_t kv_head_;
-  std::int64_t first_row_;
-  std::int64_t first_head_;
-  std::int64_t count_;
+  ChunkRows rows_;
   std::int64_t key_stride_;
   std::int64_t value_stride_;
   std::int64_t block_stride_;
@@ -280,29 +252,11 @@ class ChunkBackward {
   BlockLists lists_;
 };
 
-/// Writes dk and dv of a block from its sum, which is scaled.
-inline HWY_ATTR void store_key_grads(const BackwardProblem& problem, const AttentionShape& shape, std::int64_t s,
-                                     std::int64_t block, std::int64_t kv_head, float* sum) {
-  const core::Sequence sequence = core::get_sequence(*problem.batch, s);
-  const std::int64_t block_begin = block * shape.block_size;
-  const std::int64_t block_keys = std::min(shape.block_size, sequence.keys - block_begin);
-  const std::int64_t first_key = problem.batch->cu_seqlens_k[static_cast<std::size_t>(s)] + block_begin;
-  float* value_sum = sum + shape.block_size * shape.head_dim;
-  for (std::int64_t j = 0; j < block_keys; ++j) {
-    scale_row(problem.scale, shape.head_dim, sum + j * shape.head_dim);
-    store_row(sum + j * shape.head_dim, shape.head_dim, problem.grads.dk.dtype,
-              head_row(problem.grads.dk, first_key + j, kv_head));
-    store_row(value_sum + j * shape.value_dim, shape.value_dim, problem.grads.dv.dtype,
-              head_row(problem.grads.dv, first_key + j, kv_head));
-  }
-}
-
-/// Task `index`: dq of its rows, and its share of dk and dv. `sums` are those of all tasks, [block_size, head_dim +
-/// value_dim] a block.
-inline HWY_ATTR void run_backward_task(const BackwardProblem& problem, const AttentionShape& shape,
-                                       const BackwardLayout& layout, const BackwardTask& task, std::int64_t index,
-                                       std::int64_t kv_head, TaskOrder& order, float* sums, float* scratch) {
-  ChunkBackward chunk(problem, shape, layout, task.chunk, kv_head, scratch);
+template <class Chunk>
+HWY_ATTR void run_backward_task_with(const BackwardProblem& problem, const AttentionShape& shape,
+                                     const BackwardLayout& layout, const BackwardTask& task, std::int64_t index,
+                                     std::int64_t kv_head, TaskOrder& order, float* sums, float* scratch) {
+  Chunk chunk(problem, shape, layout, task.chunk, kv_head, scratch);
   chunk.find_terms();
   const std::int64_t floats = shape.block_size * (shape.head_dim + shape.value_dim);
   for (std::int64_t block = 0; block < task.blocks; ++block) {
@@ -314,16 +268,28 @@ inline HWY_ATTR void run_backward_task(const BackwardProblem& problem, const Att
     if (chunk.has_members(block)) chunk.add_block(block, part);
     if (!is_first) {
       order.wait_for(task.previous, block);
-      if (is_last) {
-        add_row(sum, floats, part);
-      } else {
-        add_row(part, floats, sum);
-      }
+      add_row(is_last ? sum : part, floats, is_last ? part : sum);
     }
-    if (is_last) store_key_grads(problem, shape, task.chunk.sequence, block, kv_head, part);
+    if (is_last) chunk.write_key_grads(block, part);
     order.finish(index, block + 1);
   }
   chunk.write_query_grads();
+}
+
+/// Task `index`: dq of its rows, and its share of dk and dv. `sums` are those of all tasks, block_size * (head_dim +
+/// value_dim) floats a block.
+inline HWY_ATTR void run_backward_task(const BackwardProblem& problem, const AttentionShape& shape,
+                                       const BackwardLayout& layout, const BackwardTask& task, std::int64_t index,
+                                       std::int64_t kv_head, TaskOrder& order, float* sums, float* scratch) {
+#if HWY_TARGET == HWY_AVX3
+  if (problem.multiply_bf16 != nullptr) {
+    std::optional<AmxTiles> tiles;
+    if (problem.needs_amx_tiles) tiles.emplace();
+    run_backward_task_with<Bf16ChunkBackward>(problem, shape, layout, task, index, kv_head, order, sums, scratch);
+    return;
+  }
+#endif
+  run_backward_task_with<ChunkBackward>(problem, shape, layout, task, index, kv_head, order, sums, scratch);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -24,7 +24,7 @@ HWY_EXPORT(run_backward_task);
 
 namespace {
 
-void run_backward(const char* op, const Context& context, const BackwardProblem& problem, std::int64_t block_size) {
+void run_backward(const char* op, const Context& context, BackwardProblem problem, std::int64_t block_size) {
   ensure_instruction_set();
   const Batch& batch = *problem.batch;
   AttentionShape shape;
@@ -35,6 +35,13 @@ void run_backward(const char* op, const Context& context, const BackwardProblem&
   shape.value_dim = problem.v.size(2);
   shape.block_size = block_size;
   shape.topk = problem.blocks.empty() ? 0 : problem.blocks.size(2);
+  const auto is_bf16 = [](DType dtype) { return dtype == DType::kBFloat16; };
+  if (is_bf16(problem.q.dtype) && is_bf16(problem.k.dtype) && is_bf16(problem.v.dtype) &&
+      is_bf16(problem.saved.dout.dtype)) {
+    problem.multiply_bf16 = active_bf16_kernel();
+    problem.needs_amx_tiles = active_dot_products() == DotProducts::kAmx;
+    shape.has_bf16_dots = problem.multiply_bf16 != nullptr;
+  }
   const BackwardPlan plan =
       plan_attention_backward(op, shape, batch, core::resolve_threads(context.threads), context.workspace_limit);
 
@@ -64,7 +71,7 @@ void sparse_attention_backward(const Context& context, const SparseAttentionPara
                                const AttentionSaved& saved, const AttentionGrads& grads) {
   run_backward("sparse_attention_backward", context,
                {params.q, params.k, params.v, params.blocks, &params.batch, static_cast<float>(*params.scale), saved,
-                grads},
+                grads, nullptr, false},
                params.block_size);
 }
 
@@ -72,7 +79,7 @@ void dense_attention_backward(const Context& context, const DenseAttentionParams
                               const AttentionGrads& grads) {
   run_backward("dense_attention_backward", context,
                {params.q, params.k, params.v, ConstTensorView(), &params.batch, static_cast<float>(*params.scale),
-                saved, grads},
+                saved, grads, nullptr, false},
                kDenseBlock);
 }
 

@@ -10,6 +10,35 @@
 
 namespace msa::cpu {
 
+namespace {
+
+void take_bf16_tiles(const AttentionShape& shape, LayoutCursor& cursor, BackwardLayout& layout) {
+  const auto take = [&](std::int64_t elements) { return cursor.take(floats_for(elements, sizeof(std::uint16_t))); };
+  const std::int64_t head_inner = padded_inner(shape.head_dim);
+  const std::int64_t value_inner = padded_inner(shape.value_dim);
+  const std::int64_t key_inner = padded_inner(shape.block_size);
+  const std::int64_t key_pair_stride = padded_pair_stride(shape.block_size);
+  const std::int64_t row_stride = backward_bf16_row_stride(shape.group_size);
+  const std::int64_t rows = padded_inner(backward_bf16_tile_queries(shape.group_size) * shape.group_size);
+  layout.keys = take(key_inner / 2 * padded_pair_stride(shape.head_dim));
+  layout.keys_t = take(head_inner / 2 * key_pair_stride);
+  layout.values_t = take(value_inner / 2 * key_pair_stride);
+  layout.queries = take(rows * head_inner);
+  layout.out_grads = take(rows * value_inner);
+  layout.queries_t = take(head_inner * row_stride);
+  layout.out_grads_t = take(value_inner * row_stride);
+  layout.scores = cursor.take(kBf16Rows * padded_stride(key_inner));
+  layout.grads = cursor.take(kBf16Rows * padded_stride(key_inner));
+  layout.gradient_rows = take(rows * (key_inner + 32));
+  layout.gradient_pairs = take(rows / 2 * key_pair_stride);
+  layout.probability_pairs = take(rows / 2 * key_pair_stride);
+  const std::int64_t dim = std::max(shape.head_dim, shape.value_dim);
+  layout.products = cursor.take(std::max(kBf16Rows * padded_stride(dim), dim * padded_stride(shape.block_size)));
+  layout.tile_rows = cursor.take(rows);
+}
+
+}  // namespace
+
 BackwardLayout lay_out_backward(const AttentionShape& shape, std::int64_t blocks) {
   const std::int64_t chunk = std::min(backward_chunk(shape.queries.longest, shape.kv_heads), shape.queries.longest);
   const std::int64_t rows = chunk * shape.group_size;
@@ -20,13 +49,17 @@ BackwardLayout lay_out_backward(const AttentionShape& shape, std::int64_t blocks
   layout.terms = cursor.take(floats_for(rows, sizeof(RowTerms)));
   layout.query_grads = cursor.take(rows * shape.head_dim);
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, blocks));
-  layout.keys = cursor.take(shape.block_size * padded_stride(shape.head_dim));
-  layout.keys_t = cursor.take(shape.head_dim * block_stride);
-  layout.values_t = cursor.take(shape.value_dim * block_stride);
-  layout.queries = cursor.take(tile * padded_stride(shape.head_dim));
-  layout.out_grads = cursor.take(tile * padded_stride(shape.value_dim));
-  layout.scores = cursor.take(tile * block_stride);
-  layout.grads = cursor.take(tile * block_stride);
+  if (shape.has_bf16_dots) {
+    take_bf16_tiles(shape, cursor, layout);
+  } else {
+    layout.keys = cursor.take(shape.block_size * padded_stride(shape.head_dim));
+    layout.keys_t = cursor.take(shape.head_dim * block_stride);
+    layout.values_t = cursor.take(shape.value_dim * block_stride);
+    layout.queries = cursor.take(tile * padded_stride(shape.head_dim));
+    layout.out_grads = cursor.take(tile * padded_stride(shape.value_dim));
+    layout.scores = cursor.take(tile * block_stride);
+    layout.grads = cursor.take(tile * block_stride);
+  }
   layout.part = cursor.take(shape.block_size * (shape.head_dim + shape.value_dim));
   layout.end = cursor.end();
   return layout;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/ordered_sums.h"
 #include "src/cpu/plan.h"
 #include "src/cpu/tile.h"
@@ -22,6 +23,15 @@ inline std::int64_t backward_tile_queries(std::int64_t group_size) {
   return group_size > kScoreRows ? 1 : kScoreRows / group_size;
 }
 
+/// The same for bf16 products, whose sums over rows are written out once a tile: 256 rows, what one product may sum over.
+inline std::int64_t backward_bf16_tile_queries(std::int64_t group_size) {
+  return group_size > 256 ? 1 : 256 / group_size;
+}
+/// Row stride, in elements, of a tile's rows turned round: an odd number of cache lines.
+inline std::int64_t backward_bf16_row_stride(std::int64_t group_size) {
+  return (padded_inner(backward_bf16_tile_queries(group_size) * group_size) / 32 | 1) * 32;
+}
+
 /// Scratch memory of one worker, in floats from its begin.
 struct BackwardLayout {
   std::int64_t terms = 0;        ///< RowTerms [chunk * group_size]
@@ -34,6 +44,15 @@ struct BackwardLayout {
   std::int64_t out_grads = 0;    ///< [tile rows, padded_stride(value_dim)]
   std::int64_t scores = 0;       ///< [tile rows, padded_stride(block_size)]
   std::int64_t grads = 0;        ///< as scores
+  // With bf16 dot products keys, keys_t and values_t are bf16 pairs (bf16_dot.h), queries and out_grads bf16 [tile rows,
+  // padded_inner(dim)], scores and grads have kBf16Rows rows, and there are, in bf16:
+  std::int64_t queries_t = 0;          ///< [head_dim, backward_bf16_row_stride]
+  std::int64_t out_grads_t = 0;        ///< [value_dim, backward_bf16_row_stride]
+  std::int64_t gradient_rows = 0;      ///< [tile rows, padded_inner(block_size) + 32], dS
+  std::int64_t gradient_pairs = 0;     ///< pairs of tile rows, dS
+  std::int64_t probability_pairs = 0;  ///< pairs of tile rows, P
+  std::int64_t products = 0;           ///< float [kBf16Rows or dim, padded_stride(dim or block_size)]
+  std::int64_t tile_rows = 0;          ///< int32 [tile rows], their rows in the chunk
   std::int64_t part = 0;         ///< [block_size, head_dim + value_dim], dk and dv of a block from this task
   std::int64_t end = 0;
 };

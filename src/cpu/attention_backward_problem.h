@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "msa/attention.h"
+#include "src/cpu/bf16_dot.h"
 
 namespace msa::cpu {
 
@@ -16,6 +17,8 @@ struct BackwardProblem {
   float scale = 1;
   AttentionSaved saved;
   AttentionGrads grads;
+  Bf16Kernel multiply_bf16 = nullptr;  ///< set where the tensors are bf16 and the machine has products for them
+  bool needs_amx_tiles = false;        ///< of the thread that calls multiply_bf16
 };
 
 /// What a row and head brings along: P = e^(scale S - shift), dS = P ((dP - mean) + lse_grad), in this order: a row that
