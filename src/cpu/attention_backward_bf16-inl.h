@@ -11,6 +11,8 @@
 #define MSA_CPU_ATTENTION_BACKWARD_BF16_INL_H_
 #endif
 
+#include <hwy/highway.h>  // before any intrinsics: it silences what g++ says about them
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -16,11 +16,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "msa/index_kl.h"
 #include "src/core/layout.h"
 #include "src/cpu/block_lists.h"
+#include "src/cpu/index_kl_bf16-inl.h"
 #include "src/cpu/index_kl_plan.h"
+#include "src/cpu/index_kl_problem.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/ordered_sums.h"
 #include "src/cpu/row_ops-inl.h"
@@ -160,12 +163,13 @@ inline void write_float(const TensorView& tensor, std::int64_t row, std::int64_t
 /// A chunk of queries and one group in the forward.
 class KlChunk {
  public:
-  HWY_ATTR KlChunk(const IndexKlParams& params, const IndexKlShape& shape, const IndexKlLayout& layout,
+  HWY_ATTR KlChunk(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
                    const QueryChunk& chunk, std::int64_t group, float* scratch)
-      : params_(params),
+      : params_(problem.params),
+        multiply_bf16_(problem.multiply_bf16),
         shape_(shape),
         layout_(layout),
-        sequence_(core::get_sequence(params.batch, chunk.sequence)),
+        sequence_(core::get_sequence(params_.batch, chunk.sequence)),
         group_(group),
         first_row_(sequence_.query_begin + chunk.begin),
         count_(chunk.end - chunk.begin),
@@ -175,13 +179,12 @@ class KlChunk {
         largest_(scratch + layout.largest),
         totals_(reinterpret_cast<double*>(scratch + layout.totals)),
         norms_(scratch + layout.norms),
-        key_rows_(params.k, params.batch),
-        index_key_rows_(params.k_idx, params.batch),
-        lists_(params.batch, sequence_, params.blocks, group, shape.block_size, chunk.begin, chunk.end,
+        key_rows_(params_.k, params_.batch),
+        index_key_rows_(params_.k_idx, params_.batch),
+        lists_(params_.batch, sequence_, params_.blocks, group, shape.block_size, chunk.begin, chunk.end,
                reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
-    load_query_rows(params.q, first_row_, count_, group * shape.group_size, shape.group_size,
-                    scratch + layout.queries);
-    load_query_rows(params.q_idx, first_row_, count_, group, 1, scratch + layout.index_queries);
+    load_queries();
+    load_query_rows(params_.q_idx, first_row_, count_, group, 1, scratch + layout.index_queries);
   }
 
   /// First time through the blocks: maximum and sum of exponentials of every row.
@@ -296,12 +299,84 @@ class KlChunk {
     }
   }
 
+  HWY_ATTR void load_queries() {
+    float* queries = scratch_ + layout_.queries;
+    const std::int64_t heads = shape_.group_size;
+#if HWY_TARGET == HWY_AVX3
+    if (multiply_bf16_ != nullptr) {
+      auto* rows = reinterpret_cast<std::uint16_t*>(queries);
+      for (std::int64_t i = 0; i < count_; ++i) {
+        copy_bf16_rows(params_.q, first_row_ + i, group_ * heads, heads, rows + i * heads * padded_inner(shape_.head_dim));
+      }
+      return;
+    }
+#endif
+    load_query_rows(params_.q, first_row_, count_, group_ * heads, heads, queries);
+  }
+
   HWY_ATTR void load_block(std::int64_t block, std::int64_t block_keys) {
     const std::int64_t begin = block * shape_.block_size;
-    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, block_keys, shape_.head_dim,
-                         scratch_ + layout_.keys, padded_stride(shape_.block_size));
+    load_keys(begin, block_keys);
     load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, block_keys, shape_.index_dim,
                          scratch_ + layout_.index_keys, padded_stride(shape_.block_size));
+  }
+
+  HWY_ATTR void load_keys(std::int64_t begin, std::int64_t keys) {
+    float* out = scratch_ + layout_.keys;
+#if HWY_TARGET == HWY_AVX3
+    if (multiply_bf16_ != nullptr) {
+      pack_keys(key_rows_, sequence_.index, group_, begin, keys, shape_.head_dim, reinterpret_cast<std::uint16_t*>(out),
+                padded_pair_stride(shape_.block_size));
+      return;
+    }
+#endif
+    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, keys, shape_.head_dim, out,
+                         padded_stride(shape_.block_size));
+  }
+
+  // Exponentials, maximum and sum of the heads' rows.
+  HWY_ATTR void compute_main_rows(std::int64_t block, std::int64_t columns, const std::int32_t* members,
+                                  std::int64_t count, float* tile) {
+    const std::int64_t key_stride = padded_stride(shape_.block_size);
+    const std::int64_t group_size = shape_.group_size;
+    const auto scale = static_cast<float>(*params_.scale);
+#if HWY_TARGET == HWY_AVX3
+    if (multiply_bf16_ != nullptr) {
+      const auto* queries = reinterpret_cast<const std::uint16_t*>(scratch_ + layout_.queries);
+      float* scores = scratch_ + layout_.scores;
+      for (std::int64_t first = 0; first < count * group_size; first += kBf16Rows) {
+        const std::uint16_t* rows[kBf16Rows];
+        const std::int64_t here = std::min(kBf16Rows, count * group_size - first);
+        for (std::int64_t r = 0; r < here; ++r) {
+          const std::int64_t row = members[(first + r) / group_size] * group_size + (first + r) % group_size;
+          rows[r] = queries + row * padded_inner(shape_.head_dim);
+        }
+        score_bf16_rows(multiply_bf16_, rows, here, columns, shape_.head_dim,
+                        reinterpret_cast<const std::uint16_t*>(scratch_ + layout_.keys),
+                        padded_pair_stride(shape_.block_size), scores, key_stride);
+        for (std::int64_t r = 0; r < here; ++r) {
+          const std::int64_t t = (first + r) / group_size;
+          float* row = tile + (t * row_count_ + (first + r) % group_size) * tile_stride_;
+          exponentiate_row(scores + r * key_stride, lists_.visible_keys(members[t], block), scale, row,
+                           row[shape_.block_size], row[shape_.block_size + 1]);
+        }
+      }
+      return;
+    }
+#endif
+    const TileRows<const float> queries{scratch_ + layout_.queries, members, group_size, group_size * shape_.head_dim,
+                                        shape_.head_dim};
+    const TileRows<float> scores{tile, nullptr, group_size, row_count_ * tile_stride_, tile_stride_};
+    product_of_tile(count * group_size, columns, shape_.head_dim, queries, scratch_ + layout_.keys, key_stride, scores);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const std::int64_t visible = lists_.visible_keys(members[t], block);
+      for (std::int64_t h = 0; h < group_size; ++h) {
+        float* row = tile + (t * row_count_ + h) * tile_stride_;
+        const float largest = scale_and_max(row, visible, scale);
+        row[shape_.block_size + 1] = exp_and_sum(row, visible, softmax_shift(largest));
+        row[shape_.block_size] = largest;
+      }
+    }
   }
 
   HWY_ATTR void compute_tile(std::int64_t block, std::int64_t block_keys, const std::int32_t* members,
@@ -309,29 +384,20 @@ class KlChunk {
     const std::int64_t key_stride = padded_stride(shape_.block_size);
     const std::int64_t columns = padded_columns(block_keys);
     const std::int64_t group_size = shape_.group_size;
-    const TileRows<const float> queries{scratch_ + layout_.queries, members, group_size, group_size * shape_.head_dim,
-                                        shape_.head_dim};
-    const TileRows<float> scores{tile, nullptr, group_size, row_count_ * tile_stride_, tile_stride_};
-    product_of_tile(count * group_size, columns, shape_.head_dim, queries, scratch_ + layout_.keys, key_stride, scores);
+    compute_main_rows(block, columns, members, count, tile);
     const TileRows<const float> index_queries{scratch_ + layout_.index_queries, members, 1, shape_.index_dim, 0};
     const TileRows<float> index_scores{tile + group_size * tile_stride_, nullptr, 1, row_count_ * tile_stride_, 0};
     product_of_tile(count, columns, shape_.index_dim, index_queries, scratch_ + layout_.index_keys, key_stride,
                     index_scores);
-    const auto scale = static_cast<float>(*params_.scale);
     const auto index_scale = static_cast<float>(*params_.index_scale);
     for (std::int64_t t = 0; t < count; ++t) {
-      const std::int64_t visible = lists_.visible_keys(members[t], block);
-      float* row = tile + t * row_count_ * tile_stride_;
-      for (std::int64_t h = 0; h < group_size; ++h, row += tile_stride_) {
-        const float largest = scale_and_max(row, visible, scale);
-        row[shape_.block_size + 1] = exp_and_sum(row, visible, softmax_shift(largest));
-        row[shape_.block_size] = largest;
-      }
-      row[shape_.block_size] = scale_and_max(row, visible, index_scale);
+      float* row = tile + (t * row_count_ + group_size) * tile_stride_;
+      row[shape_.block_size] = scale_and_max(row, lists_.visible_keys(members[t], block), index_scale);
     }
   }
 
   const IndexKlParams& params_;
+  Bf16Kernel multiply_bf16_;
   const IndexKlShape& shape_;
   const IndexKlLayout& layout_;
   core::Sequence sequence_;
@@ -350,10 +416,15 @@ class KlChunk {
 };
 
 /// One task of the forward: saves lse and norms and writes values[row * kv_heads + group] = the row's KL.
-inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShape& shape, const IndexKlLayout& layout,
-                                  const QueryChunk& chunk, std::int64_t group, float* scratch,
-                                  const IndexKlSaved& saved, double* values) {
-  KlChunk task(params, shape, layout, chunk, group, scratch);
+inline HWY_ATTR void run_index_kl(const IndexKlProblem& problem, const IndexKlShape& shape,
+                                  const IndexKlLayout& layout, const QueryChunk& chunk, std::int64_t group,
+                                  float* scratch, double* values) {
+  const IndexKlParams& params = problem.params;
+#if HWY_TARGET == HWY_AVX3
+  std::optional<AmxTiles> tiles;
+  if (problem.needs_amx_tiles) tiles.emplace();
+#endif
+  KlChunk task(problem, shape, layout, chunk, group, scratch);
   auto* row_values = reinterpret_cast<double*>(scratch + layout.values);
   task.find_sums();
   task.find_norms();
@@ -362,7 +433,7 @@ inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShap
   } else {
     task.find_divergence<Teacher::kMax>(row_values);
   }
-  task.save(saved);
+  task.save(problem.saved);
   for (std::int64_t i = 0; i < task.count(); ++i) {
     values[(task.first_row() + i) * shape.kv_heads + group] = row_values[i];
   }
@@ -372,20 +443,21 @@ inline HWY_ATTR void run_index_kl(const IndexKlParams& params, const IndexKlShap
 class KlChunkBackward {
  public:
   /// `scratch` is laid out by `layout`.
-  HWY_ATTR KlChunkBackward(const IndexKlParams& params, const IndexKlSaved& saved, const IndexKlShape& shape,
+  HWY_ATTR KlChunkBackward(const IndexKlProblem& problem, const IndexKlShape& shape,
                            const IndexKlBackwardLayout& layout, const QueryChunk& chunk, std::int64_t group,
                            float* scratch)
-      : params_(params),
+      : params_(problem.params),
+        multiply_bf16_(problem.multiply_bf16),
         shape_(shape),
-        sequence_(core::get_sequence(params.batch, chunk.sequence)),
+        sequence_(core::get_sequence(params_.batch, chunk.sequence)),
         group_(group),
         first_row_(sequence_.query_begin + chunk.begin),
         count_(chunk.end - chunk.begin),
         query_stride_(padded_stride(shape.head_dim)),
         index_stride_(padded_stride(shape.index_dim)),
         block_stride_(padded_stride(shape.block_size)),
-        key_rows_(params.k, params.batch),
-        index_key_rows_(params.k_idx, params.batch),
+        key_rows_(params_.k, params_.batch),
+        index_key_rows_(params_.k_idx, params_.batch),
         lse_(scratch + layout.lse),
         norms_(scratch + layout.norms),
         query_grads_(scratch + layout.query_grads),
@@ -396,17 +468,17 @@ class KlChunkBackward {
         index_queries_(scratch + layout.index_queries),
         scores_(scratch + layout.scores),
         index_scores_(scratch + layout.index_scores),
-        lists_(params.batch, sequence_, params.blocks, group, shape.block_size, chunk.begin, chunk.end,
+        lists_(params_.batch, sequence_, params_.blocks, group, shape.block_size, chunk.begin, chunk.end,
                reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
     std::fill(query_grads_, query_grads_ + count_ * shape.index_dim, 0.0f);
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t row = first_row_ + i;
       float* lse = lse_ + i * (shape.group_size + 1);
       for (std::int64_t h = 0; h < shape.group_size; ++h) {
-        lse[h] = read_float(saved.lse_main, row, group * shape.group_size + h);
+        lse[h] = read_float(problem.saved.lse_main, row, group * shape.group_size + h);
       }
-      lse[shape.group_size] = read_float(saved.lse_index, row, group);
-      norms_[i] = read_float(saved.teacher_norm, row, group);
+      lse[shape.group_size] = read_float(problem.saved.lse_index, row, group);
+      norms_[i] = read_float(problem.saved.teacher_norm, row, group);
     }
   }
 
@@ -435,12 +507,23 @@ class KlChunkBackward {
 
  private:
   HWY_ATTR void load_block(std::int64_t begin, std::int64_t keys) {
-    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, keys, shape_.head_dim, keys_t_,
-                         block_stride_);
+    load_keys(begin, keys);
     load_value_rows(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
                     index_keys_, index_stride_);
     load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
                          index_keys_t_, block_stride_);
+  }
+
+  HWY_ATTR void load_keys(std::int64_t begin, std::int64_t keys) {
+#if HWY_TARGET == HWY_AVX3
+    if (multiply_bf16_ != nullptr) {
+      pack_keys(key_rows_, sequence_.index, group_, begin, keys, shape_.head_dim,
+                reinterpret_cast<std::uint16_t*>(keys_t_), padded_pair_stride(shape_.block_size));
+      return;
+    }
+#endif
+    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, keys, shape_.head_dim, keys_t_,
+                         block_stride_);
   }
 
   // At most kScoreRows queries that attend to the block: their index scores at once, those of the heads a few queries at a
@@ -456,7 +539,8 @@ class KlChunkBackward {
     }
     product(count, columns, shape_.index_dim, index_queries_, index_stride_, 1, index_keys_t_, block_stride_,
             index_scores_, block_stride_, false);
-    const std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
+    std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
+    if (multiply_bf16_ != nullptr) tile_queries = std::max<std::int64_t>(1, kBf16Rows / shape_.group_size);
     for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
       find_gradients<kTeacher>(block, members + t0, std::min(tile_queries, count - t0), columns,
                                index_scores_ + t0 * block_stride_);
@@ -492,6 +576,34 @@ class KlChunkBackward {
   HWY_ATTR void find_gradients(std::int64_t block, const std::int32_t* members, std::int64_t count,
                                std::int64_t columns, float* index_scores) {
     const std::int64_t group_size = shape_.group_size;
+    const auto scale = static_cast<float>(*params_.scale);
+    const auto index_scale = static_cast<float>(*params_.index_scale);
+#if HWY_TARGET == HWY_AVX3
+    if (multiply_bf16_ != nullptr) {
+      auto* queries = reinterpret_cast<std::uint16_t*>(queries_);
+      const std::int64_t inner = padded_inner(shape_.head_dim);
+      for (std::int64_t t = 0; t < count; ++t) {
+        copy_bf16_rows(params_.q, first_row_ + members[t], group_ * group_size, group_size,
+                       queries + t * group_size * inner);
+      }
+      for (std::int64_t first = 0; first < count * group_size; first += kBf16Rows) {
+        const std::uint16_t* rows[kBf16Rows];
+        const std::int64_t here = std::min(kBf16Rows, count * group_size - first);
+        for (std::int64_t r = 0; r < here; ++r) rows[r] = queries + (first + r) * inner;
+        score_bf16_rows(multiply_bf16_, rows, here, columns, shape_.head_dim,
+                        reinterpret_cast<const std::uint16_t*>(keys_t_), padded_pair_stride(shape_.block_size),
+                        scores_ + first * block_stride_, block_stride_);
+      }
+      for (std::int64_t t = 0; t < count; ++t) {
+        const float* lse = lse_ + members[t] * (group_size + 1);
+        subtract_distributions_bf16<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size,
+                                              scale, norms_[members[t]], index_scale, lse[group_size],
+                                              lists_.visible_keys(members[t], block), columns,
+                                              index_scores + t * block_stride_);
+      }
+      return;
+    }
+#endif
     for (std::int64_t t = 0; t < count; ++t) {
       for (std::int64_t h = 0; h < group_size; ++h) {
         load_row(head_row(params_.q, first_row_ + members[t], group_ * group_size + h), params_.q.dtype,
@@ -503,14 +615,14 @@ class KlChunkBackward {
     for (std::int64_t t = 0; t < count; ++t) {
       const float* lse = lse_ + members[t] * (group_size + 1);
       subtract_distributions<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size,
-                                       static_cast<float>(*params_.scale), norms_[members[t]],
-                                       static_cast<float>(*params_.index_scale), lse[group_size],
+                                       scale, norms_[members[t]], index_scale, lse[group_size],
                                        lists_.visible_keys(members[t], block), columns,
                                        index_scores + t * block_stride_);
     }
   }
 
   const IndexKlParams& params_;
+  Bf16Kernel multiply_bf16_;
   const IndexKlShape& shape_;
   core::Sequence sequence_;
   std::int64_t group_;
@@ -546,12 +658,16 @@ inline HWY_ATTR void store_index_key_grads(float* sum, std::int64_t rows, std::i
 
 /// Task `index` of the backward: dq_idx of its rows, and its share of dk_idx. `factor` = grad_output * index_scale / rows;
 /// `sums` are those of all tasks, [block_size, index_dim] a block.
-inline HWY_ATTR void run_index_kl_backward(const IndexKlParams& params, const IndexKlSaved& saved,
-                                           const IndexKlShape& shape, const IndexKlBackwardLayout& layout,
-                                           const BackwardTask& task, std::int64_t index, float factor, TaskOrder& order,
-                                           float* sums, float* scratch, const TensorView& dq_idx,
-                                           const TensorView& dk_idx) {
-  KlChunkBackward chunk(params, saved, shape, layout, task.chunk, task.head, scratch);
+inline HWY_ATTR void run_index_kl_backward(const IndexKlProblem& problem, const IndexKlShape& shape,
+                                           const IndexKlBackwardLayout& layout, const BackwardTask& task,
+                                           std::int64_t index, float factor, TaskOrder& order, float* sums,
+                                           float* scratch, const TensorView& dq_idx, const TensorView& dk_idx) {
+  const IndexKlParams& params = problem.params;
+#if HWY_TARGET == HWY_AVX3
+  std::optional<AmxTiles> tiles;
+  if (problem.needs_amx_tiles) tiles.emplace();
+#endif
+  KlChunkBackward chunk(problem, shape, layout, task.chunk, task.head, scratch);
   const std::int64_t floats = shape.block_size * shape.index_dim;
   const core::Sequence sequence = core::get_sequence(params.batch, task.chunk.sequence);
   const std::int64_t first_key = params.batch.cu_seqlens_k[static_cast<std::size_t>(sequence.index)];

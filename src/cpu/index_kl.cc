@@ -35,7 +35,18 @@ IndexKlShape find_shape(const IndexKlParams& params) {
   shape.block_size = params.block_size;
   shape.blocks = count_blocks(params.batch, params.block_size);
   shape.topk = params.blocks.empty() ? 0 : params.blocks.size(2);
+  shape.has_bf16_dots = params.q.dtype == DType::kBFloat16 && params.k.dtype == DType::kBFloat16 &&
+                        active_bf16_kernel() != nullptr;
   return shape;
+}
+
+IndexKlProblem choose_kernels(const IndexKlParams& params, const IndexKlShape& shape, const IndexKlSaved& saved) {
+  IndexKlProblem problem{params, saved};
+  if (shape.has_bf16_dots) {
+    problem.multiply_bf16 = active_bf16_kernel();
+    problem.needs_amx_tiles = active_dot_products() == DotProducts::kAmx;
+  }
+  return problem;
 }
 
 void fill_rows(const TensorView& tensor, float value) {
@@ -58,11 +69,12 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
   const IndexKlPlan plan =
       plan_index_kl("index_kl", shape, core::resolve_threads(context.threads), context.workspace_limit);
   const IndexKlLayout layout = lay_out_index_kl(shape, plan.chunks.chunk, plan.keep_tiles);
+  const IndexKlProblem problem = choose_kernels(params, shape, saved);
   core::Buffer<double> values(static_cast<std::size_t>(rows));
   const auto run = HWY_DYNAMIC_DISPATCH(run_index_kl);
   run_plan(plan.chunks, params.batch, shape.kv_heads,
            [&](const QueryChunk& chunk, std::int64_t group, float* scratch) {
-             run(params, shape, layout, chunk, group, scratch, saved, values.data());
+             run(problem, shape, layout, chunk, group, scratch, values.data());
            });
   double sum = 0;
   for (std::size_t i = 0; i < values.size(); ++i) sum += values[i];
@@ -82,6 +94,7 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
   const IndexKlBackwardLayout layout = lay_out_index_kl_backward(shape);
   const auto factor = static_cast<float>(static_cast<double>(grad_output) * *params.index_scale /
                                          static_cast<double>(shape.queries.total * shape.kv_heads));
+  const IndexKlProblem problem = choose_kernels(params, shape, saved);
   const BackwardTasks work = list_backward_tasks(batch, shape.kv_heads, shape.kv_heads, shape.block_size, true);
   const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
   core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
@@ -89,7 +102,7 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
   TaskOrder order(work.tasks.size());
   const auto run = HWY_DYNAMIC_DISPATCH(run_index_kl_backward);
   core::parallel_for(plan.workers, static_cast<std::int64_t>(work.tasks.size()), [&](std::int64_t i, int worker) {
-    run(params, saved, shape, layout, work.tasks[static_cast<std::size_t>(i)], i, factor, order, sums.data(),
+    run(problem, shape, layout, work.tasks[static_cast<std::size_t>(i)], i, factor, order, sums.data(),
         scratch.data() + worker_floats * static_cast<std::size_t>(worker), dq_idx, dk_idx);
   });
 }

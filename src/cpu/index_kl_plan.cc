@@ -3,6 +3,7 @@
 #include "src/cpu/index_kl_plan.h"
 
 #include "msa/error.h"
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/block_lists.h"
 #include "src/cpu/plan_chunks.h"
 
@@ -19,15 +20,25 @@ std::int64_t query_strip_floats(const IndexKlShape& shape) {
   return row_blocks * (shape.group_size + 1) * kl_tile_stride(shape.block_size);
 }
 
+std::int64_t bf16_query_floats(const IndexKlShape& shape, std::int64_t rows) {
+  return floats_for(rows * padded_inner(shape.head_dim), sizeof(std::uint16_t));
+}
+
+std::int64_t key_floats(const IndexKlShape& shape) {
+  if (!shape.has_bf16_dots) return shape.head_dim * padded_stride(shape.block_size);
+  return floats_for(padded_inner(shape.head_dim) / 2 * padded_pair_stride(shape.block_size), sizeof(std::uint16_t));
+}
+
 }  // namespace
 
 IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bool keep_tiles) {
   const std::int64_t row_floats = (shape.group_size + 1) * kl_tile_stride(shape.block_size);  // of a query and a block
   IndexKlLayout layout;
   LayoutCursor cursor;
-  layout.queries = cursor.take(chunk * shape.group_size * shape.head_dim);
+  layout.queries = cursor.take(shape.has_bf16_dots ? bf16_query_floats(shape, chunk * shape.group_size)
+                                                   : chunk * shape.group_size * shape.head_dim);
   layout.index_queries = cursor.take(chunk * shape.index_dim);
-  layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
+  layout.keys = cursor.take(key_floats(shape));
   layout.index_keys = cursor.take(shape.index_dim * padded_stride(shape.block_size));
   layout.largest = cursor.take(chunk * (shape.group_size + 1));
   layout.totals = cursor.take(floats_for(chunk * (shape.group_size + 1), sizeof(double)));
@@ -36,6 +47,7 @@ IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bo
   layout.values = cursor.take(floats_for(chunk, sizeof(double)));
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, shape.blocks));
   layout.tile = cursor.take(std::min(chunk, kl_tile_queries(shape.group_size)) * row_floats);
+  if (shape.has_bf16_dots) layout.scores = cursor.take(kBf16Rows * padded_stride(shape.block_size));
   layout.strip_floats = keep_tiles ? std::min(kStripFloats, chunk * query_strip_floats(shape)) : 0;
   layout.strip = cursor.take(layout.strip_floats);
   layout.end = cursor.end();
@@ -69,12 +81,13 @@ IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape) {
   layout.norms = cursor.take(chunk);
   layout.query_grads = cursor.take(chunk * shape.index_dim);
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, shape.blocks));
-  layout.keys_t = cursor.take(shape.head_dim * block_stride);
+  layout.keys_t = cursor.take(key_floats(shape));
   layout.index_keys = cursor.take(shape.block_size * padded_stride(shape.index_dim));
   layout.index_keys_t = cursor.take(shape.index_dim * block_stride);
-  layout.queries = cursor.take(tile_rows * padded_stride(shape.head_dim));
+  layout.queries = cursor.take(shape.has_bf16_dots ? bf16_query_floats(shape, tile_rows)
+                                                   : tile_rows * padded_stride(shape.head_dim));
   layout.index_queries = cursor.take(index_rows * padded_stride(shape.index_dim));
-  layout.scores = cursor.take(tile_rows * block_stride);
+  layout.scores = cursor.take((tile_rows + (shape.has_bf16_dots ? 16 : 0)) * block_stride);
   layout.index_scores = cursor.take(index_rows * block_stride);
   layout.part = cursor.take(shape.block_size * shape.index_dim);
   layout.end = cursor.end();

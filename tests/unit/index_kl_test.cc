@@ -80,6 +80,26 @@ TEST_P(IndexKl, GradientsAreWithinTheRule) {
   });
 }
 
+TEST(IndexKlRules, GradientsOfManyQueriesAreWithinTheRule) {
+  // Queries enough for several tasks, which add to the same keys.
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const Problem problem(Case{{4, 2, 16, 16, 32, 64, 3}, {{520, 600}, {300, 300}}, dtype, dtype});
+    for (const bool whole_prefix : {false, true}) {
+      const Problem wide = problem.as_float32();
+      KlResult wide_forward = run_kl(reference_context(), wide.kl_params(whole_prefix));
+      const KlGradients exact =
+          run_kl_backward(reference_context(), wide.kl_params(whole_prefix), wide_forward, 820);
+      const KlGradients naive = naive_kl_backward(problem.kl_params(whole_prefix), 820);
+      for_each_target(Targets::kCpu, [&](const Context& context) {
+        KlResult forward = run_kl(context, problem.kl_params(whole_prefix));
+        const KlGradients got = run_kl_backward(context, problem.kl_params(whole_prefix), forward, 820);
+        expect_within_rule("dq_idx", got.dq_idx, exact.dq_idx, naive.dq_idx);
+        expect_within_rule("dk_idx", got.dk_idx, exact.dk_idx, naive.dk_idx);
+      });
+    }
+  }
+}
+
 TEST(IndexKlRules, NoQueriesGiveZero) {
   Case c{{2, 1, 16, 16, 16, 16, 2}, {{0, 20}, {0, 0}}};
   c.padding_rows = 2;

@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "msa/msa.h"
 #include "tests/unit/support/problem.h"
@@ -138,6 +141,54 @@ TEST_P(Invariance, ThreadsAndRepetition) {
       expect_same_scalars(one, many);
     }
   });
+}
+
+TEST(InvarianceOfTasks, ThreadsAndBatchesOfManyQueries) {
+  // Queries enough for several tasks a sequence and head, whose sums over the same keys have one order.
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const Problem problem(Case{{4, 2, 16, 16, 16, 32, 3}, {{768, 800}, {300, 300}}, dtype, dtype});
+    const OutputGradients gradients{make_dout(problem), make_dlse(problem)};
+    const Problem first = problem.only(0);
+    std::vector<std::int64_t> rows(768);
+    std::iota(rows.begin(), rows.end(), 0);
+    const OutputGradients first_gradients = take(gradients, rows);
+    for_each_target(Targets::kCpu, [&](Context context) {
+      const auto attention = [&](const Problem& p, const OutputGradients& g) {
+        const AttentionResult sparse = run_sparse(context, p.sparse_params());
+        const AttentionResult dense = run_dense(context, p.dense_params());
+        return std::pair(run_sparse_backward(context, p.sparse_params(), sparse, g.dout, &g.dlse),
+                         run_dense_backward(context, p.dense_params(), dense, g.dout, &g.dlse));
+      };
+      const auto kl = [&](bool whole_prefix) {
+        KlResult forward = run_kl(context, problem.kl_params(whole_prefix));
+        return run_kl_backward(context, problem.kl_params(whole_prefix), forward, 1);
+      };
+      context.threads = 1;
+      const auto one = attention(problem, gradients);
+      const auto alone = attention(first, first_gradients);
+      for (const auto& [a, b] : {std::pair(&alone.first, &one.first), std::pair(&alone.second, &one.second)}) {
+        expect_same_bytes("dq", a->dq.bytes(), b->dq.bytes(0, 0, 768));
+        expect_same_bytes("dk", a->dk.bytes(), b->dk.bytes(0, 0, 800));
+        expect_same_bytes("dv", a->dv.bytes(), b->dv.bytes(0, 0, 800));
+      }
+      const KlGradients kl_one[2] = {kl(false), kl(true)};
+      for (const int threads : {2, 5}) {
+        SCOPED_TRACE("threads " + std::to_string(threads));
+        context.threads = threads;
+        const auto many = attention(problem, gradients);
+        for (const auto& [a, b] : {std::pair(&many.first, &one.first), std::pair(&many.second, &one.second)}) {
+          expect_same_bytes("dq", a->dq, b->dq);
+          expect_same_bytes("dk", a->dk, b->dk);
+          expect_same_bytes("dv", a->dv, b->dv);
+        }
+        for (const bool whole_prefix : {false, true}) {
+          const KlGradients grads = kl(whole_prefix);
+          expect_same_bytes("dq_idx", grads.dq_idx, kl_one[whole_prefix].dq_idx);
+          expect_same_bytes("dk_idx", grads.dk_idx, kl_one[whole_prefix].dk_idx);
+        }
+      }
+    });
+  }
 }
 
 TEST_P(Invariance, BatchComposition) {

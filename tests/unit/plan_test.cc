@@ -6,11 +6,18 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "msa/error.h"
+#include "src/cpu/attention_backward_plan.h"
+#include "src/cpu/attention_backward_problem.h"
+#include "src/cpu/block_lists.h"
+#include "src/cpu/index_kl_plan.h"
+#include "src/cpu/ordered_sums.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/select_blocks_plan.h"
 #include "src/cpu/tile.h"
@@ -262,6 +269,210 @@ TEST(Plans, OfSelectionStaySmall) {
   widest.block_size = 256;
   widest.topk = 64;
   EXPECT_LE(plan_selection("select_blocks", widest, 2, 0).bytes(), std::size_t{64} << 20);
+}
+
+// Sequences of four chunks of the backward, of none, of one and of two, with and without a prefix.
+const std::vector<std::int32_t> kBackwardQueries = {0, 2000, 2000, 2001, 2301};
+const std::vector<std::int32_t> kBackwardKeys = {0, 2500, 2540, 2541, 3041};
+
+TEST(BackwardTasks, PutEveryQueryIntoOneTaskAHead) {
+  const Batch batch = Batch::packed(kBackwardQueries, kBackwardKeys);
+  for (const bool keys_shared : {false, true}) {
+    const BackwardTasks work = list_backward_tasks(batch, 4, 3, 16, keys_shared);
+    std::vector<std::vector<int>> taken(3, std::vector<int>(2301, 0));
+    for (const BackwardTask& task : work.tasks) {
+      const auto first = kBackwardQueries[static_cast<std::size_t>(task.chunk.sequence)];
+      for (std::int64_t i = task.chunk.begin; i < task.chunk.end; ++i) {
+        ++taken.at(static_cast<std::size_t>(task.head)).at(static_cast<std::size_t>(first + i));
+      }
+    }
+    for (const auto& head : taken) {
+      for (const int times : head) EXPECT_EQ(times, 1);
+    }
+  }
+}
+
+// Follows the sums of each block of keys through the tasks: whoever adds first has none before it, whoever adds last knows.
+TEST(BackwardTasks, AddToABlockOneAfterTheOther) {
+  const Batch batch = Batch::packed(kBackwardQueries, kBackwardKeys);
+  const std::int64_t heads = 3;
+  for (const bool keys_shared : {false, true}) {
+    SCOPED_TRACE(keys_shared);
+    const BackwardTasks work = list_backward_tasks(batch, 4, heads, 16, keys_shared);
+    std::int64_t longest = 0;
+    for (std::size_t i = 0; i < work.tasks.size(); ++i) {
+      const BackwardTask& task = work.tasks[i];
+      EXPECT_LT(task.previous, static_cast<std::int64_t>(i));  // what is waited for has started
+      if (task.previous >= 0) {
+        const BackwardTask& before = work.tasks[static_cast<std::size_t>(task.previous)];
+        EXPECT_EQ(before.chunk.sequence, task.chunk.sequence);
+        EXPECT_EQ(before.sum_begin, task.sum_begin);
+        EXPECT_GE(before.blocks, task.blocks);          // it has been through every block of this one
+        EXPECT_GE(before.last_begin, task.blocks);      // and was not the last at any of them
+        if (!keys_shared) EXPECT_EQ(before.head, task.head);
+      }
+      EXPECT_LE(task.last_begin, task.blocks);
+      // Whoever neither starts nor ends a sum has room for it.
+      if (task.previous >= 0 || task.last_begin > 0) {
+        EXPECT_LE(task.sum_begin + (task.previous >= 0 ? task.blocks : task.last_begin), work.sum_blocks);
+      }
+      longest = std::max(longest, task.chunk.end - task.chunk.begin);
+    }
+    EXPECT_EQ(longest, backward_chunk(2000, 4));
+    // 2500, 1 and 500 keys in blocks of 16; the second has one chunk, and needs sums only where heads share its key.
+    EXPECT_EQ(work.sum_blocks, keys_shared ? 157 + 1 + 32 : heads * (157 + 32));
+  }
+}
+
+TEST(BackwardTasks, DependOnTheSequenceAlone) {
+  // Alone or in company, a sequence is cut at the same queries: its sums over tasks are part of its result.
+  const Batch together = Batch::packed(kBackwardQueries, kBackwardKeys);
+  const std::vector<std::int32_t> cu_seqlens_q = {0, 2000};
+  const std::vector<std::int32_t> cu_seqlens_k = {0, 2500};
+  const BackwardTasks alone = list_backward_tasks(Batch::packed(cu_seqlens_q, cu_seqlens_k), 4, 4, 16, false);
+  const BackwardTasks all = list_backward_tasks(together, 4, 4, 16, false);
+  ASSERT_GE(all.tasks.size(), alone.tasks.size());
+  for (std::size_t i = 0; i < alone.tasks.size(); ++i) {
+    EXPECT_EQ(all.tasks[i].chunk.begin, alone.tasks[i].chunk.begin);
+    EXPECT_EQ(all.tasks[i].chunk.end, alone.tasks[i].chunk.end);
+  }
+}
+
+TEST(BlockLists, TurnSelectionsRound) {
+  const std::vector<std::int32_t> cu_seqlens_q = {0, 5};
+  const std::vector<std::int32_t> cu_seqlens_k = {0, 50};
+  const Batch batch = Batch::packed(cu_seqlens_q, cu_seqlens_k);  // positions 45..49, blocks of 16: 0..3
+  std::vector<std::int32_t> ids = {0, 2, -1, 2, -1, -1, -1, -1, -1, 0, 1, 3, 2, 3, -1};
+  ConstTensorView blocks;
+  blocks.data = reinterpret_cast<const std::byte*>(ids.data());
+  blocks.dtype = DType::kInt32;
+  blocks.rank = 3;
+  blocks.shape = {1, 5, 3};
+  blocks.strides = {15, 3, 1};
+  const core::Sequence sequence = core::get_sequence(batch, 0);
+  const auto lists_of = [&](const ConstTensorView& selection, std::int64_t begin, std::int64_t end) {
+    const std::int64_t topk = selection.empty() ? 0 : 3;
+    std::vector<std::int32_t> scratch(static_cast<std::size_t>(BlockLists::scratch_elements(end - begin, topk, 4)));
+    const BlockLists lists(batch, sequence, selection, 0, 16, begin, end, scratch.data());
+    std::vector<std::vector<std::int32_t>> result;
+    for (std::int64_t b = 0; b < lists.blocks(); ++b) {
+      result.emplace_back(lists.members(b), lists.members(b) + lists.count(b));
+      for (const std::int32_t i : result.back()) {
+        EXPECT_EQ(lists.visible_keys(i, b), std::min<std::int64_t>(16, 45 + begin + i + 1 - b * 16));
+      }
+    }
+    return result;
+  };
+  using Lists = std::vector<std::vector<std::int32_t>>;
+  EXPECT_EQ(lists_of(blocks, 0, 5), (Lists{{0, 3}, {3}, {0, 1, 4}, {3, 4}}));
+  EXPECT_EQ(lists_of(blocks, 1, 3), (Lists{{}, {}, {0}}));
+  EXPECT_EQ(lists_of(ConstTensorView(), 1, 5), (Lists{{0, 1, 2, 3}, {0, 1, 2, 3}, {0, 1, 2, 3}, {2, 3}}));
+}
+
+// As expect_limit_kept, for plans whose chunks are part of the result: they give up workers and heads at once.
+template <class Plan>
+void expect_backward_limit_kept(const std::string& op, const Plan& plan_at) {
+  const std::size_t free = plan_at(4, 0).bytes();
+  EXPECT_EQ(plan_at(4, 0).workers, 4);
+  EXPECT_EQ(plan_at(4, free).bytes(), free);
+  std::size_t needed = 0;
+  try {
+    plan_at(4, 1);
+    FAIL() << "one byte is not enough";
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find(op), std::string::npos) << message;
+    needed = std::stoull(message.substr(message.find("at least ") + 9));
+  }
+  EXPECT_LT(needed, free);
+  EXPECT_EQ(plan_at(4, needed).bytes(), needed);
+  EXPECT_EQ(plan_at(4, needed).workers, 1);
+  EXPECT_THROW(plan_at(4, needed - 1), Error);
+  for (std::size_t limit = needed; limit < free; limit += limit / 8) EXPECT_LE(plan_at(4, limit).bytes(), limit);
+}
+
+TEST(Plans, OfBackwardsKeepTheWorkspaceLimit) {
+  const Batch batch = Batch::packed(kBackwardQueries, kBackwardKeys);
+  for (const bool has_bf16_dots : {false, true}) {
+    for (const std::int64_t topk : {0, 16}) {
+      AttentionShape shape = paper_attention(2301, topk);
+      shape.queries = count_queries(batch);
+      shape.has_bf16_dots = has_bf16_dots;
+      expect_backward_limit_kept("some_backward", [&](int threads, std::size_t limit) {
+        return plan_attention_backward("some_backward", shape, batch, threads, limit);
+      });
+      const IndexKlShape kl = {.queries = count_queries(batch),
+                               .kv_heads = 4,
+                               .group_size = 16,
+                               .head_dim = 128,
+                               .index_dim = 128,
+                               .block_size = 128,
+                               .blocks = 20,
+                               .topk = topk,
+                               .has_bf16_dots = has_bf16_dots};
+      expect_backward_limit_kept("index_kl_backward", [&](int threads, std::size_t limit) {
+        return plan_index_kl_backward("index_kl_backward", kl, batch, threads, limit);
+      });
+      expect_limit_kept("index_kl", [&](int threads, std::size_t limit) {
+        return plan_index_kl("index_kl", kl, threads, limit).chunks;
+      });
+    }
+  }
+}
+
+// The backward of 32K tokens of the paper's layer: the sums of dk and dv in float, and 20 MiB a thread.
+TEST(Plans, OfBackwardsStaySmall) {
+  const std::vector<std::int32_t> cu_seqlens = {0, 32768};
+  const Batch batch = Batch::packed(cu_seqlens, cu_seqlens);
+  for (const bool has_bf16_dots : {false, true}) {
+    AttentionShape shape = paper_attention(32768, 16);
+    shape.has_bf16_dots = has_bf16_dots;
+    const BackwardPlan plan = plan_attention_backward("sparse_attention_backward", shape, batch, 2, 0);
+    EXPECT_EQ(plan.shared_bytes, std::size_t{32768} * 4 * 256 * 4);
+    EXPECT_LE(plan.worker_bytes, std::size_t{20} << 20);
+  }
+}
+
+TEST(LayOutBackward, KeepsPartsApart) {
+  for (const std::int64_t group_size : {1, 3, 16, 300}) {
+    AttentionShape shape = paper_attention(700, 7);
+    shape.group_size = group_size;
+    shape.block_size = 16;
+    shape.value_dim = 48;
+    const std::int64_t rows = backward_chunk(700, 4) * group_size;
+    const std::int64_t tile = backward_tile_queries(group_size) * group_size;
+    const BackwardLayout at = lay_out_backward(shape, 40);
+    EXPECT_GE((at.query_grads - at.terms) * 4, rows * static_cast<std::int64_t>(sizeof(RowTerms)));
+    EXPECT_GE(at.lists - at.query_grads, rows * 128);
+    EXPECT_GE(at.keys - at.lists, BlockLists::scratch_elements(backward_chunk(700, 4), 7, 40));
+    EXPECT_GE(at.keys_t - at.keys, 16 * padded_stride(128));
+    EXPECT_GE(at.values_t - at.keys_t, 128 * padded_stride(16));
+    EXPECT_GE(at.queries - at.values_t, 48 * padded_stride(16));
+    EXPECT_GE(at.out_grads - at.queries, tile * padded_stride(128));
+    EXPECT_GE(at.scores - at.out_grads, tile * padded_stride(48));
+    EXPECT_GE(at.grads - at.scores, tile * padded_stride(16));
+    EXPECT_GE(at.part - at.grads, tile * padded_stride(16));
+    EXPECT_GE(at.end - at.part, 16 * (128 + 48));
+
+    shape.has_bf16_dots = true;
+    const BackwardLayout bf16 = lay_out_backward(shape, 40);
+    const std::int64_t tile16 = padded_inner(backward_bf16_tile_queries(group_size) * group_size);
+    EXPECT_GE((bf16.keys_t - bf16.keys) * 2, 32 / 2 * padded_pair_stride(128));
+    EXPECT_GE((bf16.values_t - bf16.keys_t) * 2, 128 / 2 * padded_pair_stride(16));
+    EXPECT_GE((bf16.queries - bf16.values_t) * 2, 64 / 2 * padded_pair_stride(16));
+    EXPECT_GE((bf16.out_grads - bf16.queries) * 2, tile16 * 128);
+    EXPECT_GE((bf16.queries_t - bf16.out_grads) * 2, tile16 * 64);
+    EXPECT_GE((bf16.out_grads_t - bf16.queries_t) * 2, 128 * tile16);
+    EXPECT_GE((bf16.scores - bf16.out_grads_t) * 2, 48 * tile16);
+    EXPECT_GE(bf16.grads - bf16.scores, kBf16Rows * 32);
+    EXPECT_GE(bf16.gradient_rows - bf16.grads, kBf16Rows * 32);
+    EXPECT_GE((bf16.gradient_pairs - bf16.gradient_rows) * 2, tile16 * 64);
+    EXPECT_GE((bf16.probability_pairs - bf16.gradient_pairs) * 2, tile16 / 2 * padded_pair_stride(16));
+    EXPECT_GE((bf16.products - bf16.probability_pairs) * 2, tile16 / 2 * padded_pair_stride(16));
+    EXPECT_GE(bf16.tile_rows - bf16.products, std::max(kBf16Rows * padded_stride(128), 128 * padded_stride(16)));
+    EXPECT_GE(bf16.part - bf16.tile_rows, tile16);
+    EXPECT_GE(bf16.end - bf16.part, 16 * (128 + 48));
+  }
 }
 
 TEST(Plans, ArePrintable) {
