@@ -45,7 +45,7 @@ inline std::int64_t total_queries(const Batch& batch) { return batch.cu_seqlens_
 /// without a head dimension ([tokens, dim] / [pages, page, dim]) it is 0.
 class KeyRows {
  public:
-  KeyRows(const ConstTensorView& tensor, const Batch& batch) : batch_(&batch), data_(tensor.data) {
+  KeyRows(const ConstTensorView& tensor, const Batch& batch) : batch_(&batch), data_(tensor.data), dtype_(tensor.dtype) {
     element_bytes_ = static_cast<std::int64_t>(dtype_size(tensor.dtype));
     if (batch.is_paged) {
       page_ = tensor.size(1);
@@ -71,6 +71,8 @@ class KeyRows {
     return data_ + offset * element_bytes_;
   }
 
+  DType dtype() const { return dtype_; }
+
   /// How many rows from `position` on lie token_stride_bytes() apart: up to the end of the page, else without bound.
   std::int64_t run_length(std::int64_t position) const {
     return batch_->is_paged ? page_ - position % page_ : INT64_MAX;
@@ -80,6 +82,7 @@ class KeyRows {
  private:
   const Batch* batch_;
   const std::byte* data_;
+  DType dtype_;
   std::int64_t element_bytes_ = 0;
   std::int64_t page_ = 0;
   std::int64_t page_stride_ = 0;

@@ -83,7 +83,7 @@ inline HWY_ATTR __mmask32 first_of_32(std::int64_t count) {
 
 /// Keys as `multiply_bf16` reads b: pair d / 2 of key first + j at out[d / 2 * out_stride + 2 * j]; zeros behind the last key
 /// up to a multiple of 16 and behind the last dimension up to padded_inner.
-inline HWY_ATTR void pack_keys(const core::KeyRows& keys, DType dtype, std::int64_t sequence, std::int64_t head, std::int64_t first,
+inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head, std::int64_t first,
                                std::int64_t count, std::int64_t head_dim, std::uint16_t* out, std::int64_t out_stride) {
   auto* words = reinterpret_cast<std::uint32_t*>(out);
   for (std::int64_t j = 0; j < count; j += 16) {
@@ -94,7 +94,7 @@ inline HWY_ATTR void pack_keys(const core::KeyRows& keys, DType dtype, std::int6
       const __mmask32 mask = first_of_32(head_dim - d);
       __m512i r[16];
       for (std::int64_t i = 0; i < 16; ++i) {
-        r[i] = i < here ? load_as_bf16(row[i], dtype, d, mask) : _mm512_setzero_si512();
+        r[i] = i < here ? load_as_bf16(row[i], keys.dtype(), d, mask) : _mm512_setzero_si512();
       }
       transpose_words(r, words + d / 2 * (out_stride / 2) + j, out_stride / 2);
     }
@@ -103,7 +103,7 @@ inline HWY_ATTR void pack_keys(const core::KeyRows& keys, DType dtype, std::int6
 
 /// Values as `multiply_bf16` reads b: element e of key first + j at out[j / 2 * out_stride + 2 * e + j % 2]; zeros behind the
 /// last key up to padded_inner. Returns whether all of them are finite.
-inline HWY_ATTR bool pack_values(const core::KeyRows& values, DType dtype, std::int64_t sequence, std::int64_t head,
+inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
                                  std::int64_t first, std::int64_t count, std::int64_t value_dim, std::uint16_t* out,
                                  std::int64_t out_stride) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
@@ -117,8 +117,8 @@ inline HWY_ATTR bool pack_values(const core::KeyRows& values, DType dtype, std::
     const std::byte* odd = j + 1 < count ? values.row(sequence, first + j + 1, head) : nullptr;
     for (std::int64_t e = 0; e < value_dim; e += 32) {
       const __mmask32 mask = first_of_32(value_dim - e);
-      const __m512i a = even != nullptr ? load_as_bf16(even, dtype, e, mask) : _mm512_setzero_si512();
-      const __m512i b = odd != nullptr ? load_as_bf16(odd, dtype, e, mask) : _mm512_setzero_si512();
+      const __m512i a = even != nullptr ? load_as_bf16(even, values.dtype(), e, mask) : _mm512_setzero_si512();
+      const __m512i b = odd != nullptr ? load_as_bf16(odd, values.dtype(), e, mask) : _mm512_setzero_si512();
       special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
                  _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
       _mm512_storeu_si512(to + 2 * e, _mm512_permutex2var_epi16(a, low, b));
@@ -205,10 +205,9 @@ class Bf16ChunkAttention {
     const std::int64_t block_begin = block * shape.block_size;
     // Nothing behind the last member's position is read: it need not even hold a key.
     const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    pack_keys(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_,
-              key_stride_);
-    const bool finite = pack_values(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys,
-                                    shape.value_dim, values_, value_stride_);
+    pack_keys(key_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_, key_stride_);
+    const bool finite = pack_values(value_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
+                                    values_, value_stride_);
     for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
     const std::int64_t rows = n * shape.group_size;
     if (finite || position_of(members_[0]) + 1 - block_begin >= block_keys) {

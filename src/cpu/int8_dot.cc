@@ -31,6 +31,7 @@ Int8Dot active_int8_dot() {
     case DotProducts::kAmx:
       return {int8_block_max_amx, 64, true};
     case DotProducts::kAvx512:
+    case DotProducts::kVnni:
       return {int8_block_max_avx512, 4, true};
     case DotProducts::kNone:
       break;

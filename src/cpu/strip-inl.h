@@ -82,7 +82,8 @@ HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::
       });
     } else {
       alignas(64) float wide[16 * 16];
-      for (std::int64_t i = 0; i < 16; ++i) load_row(rows[i] + at * 2, dtype, 16, wide + i * 16);
+      const auto begin = at * static_cast<std::int64_t>(dtype_size(dtype));
+      for (std::int64_t i = 0; i < 16; ++i) load_row(rows[i] + begin, dtype, 16, wide + i * 16);
       unroll<16>([&](auto i) HWY_ATTR { v[i] = hn::BitCast(d, hn::Load(df, wide + 16 * i)); });
     }
     transpose16(v);

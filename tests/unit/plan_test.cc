@@ -309,7 +309,9 @@ TEST(BackwardTasks, AddToABlockOneAfterTheOther) {
         EXPECT_EQ(before.sum_begin, task.sum_begin);
         EXPECT_GE(before.blocks, task.blocks);          // it has been through every block of this one
         EXPECT_GE(before.last_begin, task.blocks);      // and was not the last at any of them
-        if (!keys_shared) EXPECT_EQ(before.head, task.head);
+        if (!keys_shared) {
+          EXPECT_EQ(before.head, task.head);
+        }
       }
       EXPECT_LE(task.last_begin, task.blocks);
       // Whoever neither starts nor ends a sum has room for it.
