@@ -30,6 +30,7 @@ namespace {
 
 DType view_dtype(at::ScalarType type) {
   if (type == at::kFloat) return DType::kFloat32;
+  if (type == at::kFloat8_e4m3fn) return DType::kFloat8E4M3;
   return type == at::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
@@ -99,8 +100,10 @@ Arithmetic attention_arithmetic(at::ScalarType type) {
   return Arithmetic::kFloat;
 }
 
-// Of the scores of the index branch: all of them in int8, to find the few that are worth a float.
-Arithmetic screening_arithmetic() {
+// Of the scores of the index branch: all of them in int8, to find the few that are worth a float. A single query takes no
+// screening: it reads each key once whatever it does with it.
+Arithmetic screening_arithmetic(std::int64_t queries) {
+  if (queries == 1) return Arithmetic::kFloat;
   switch (cpu::active_dot_products()) {
     case cpu::DotProducts::kAmx:
       return Arithmetic::kInt8Amx;
@@ -238,7 +241,7 @@ class ShapeBench {
   void time_select() {
     const Timing timing = time("select_blocks", [&] { select(); });
     add("select_blocks", timing, select_work());
-    if (screening_arithmetic() == Arithmetic::kFloat) return;
+    if (screening_arithmetic(queries_) == Arithmetic::kFloat) return;
     [[maybe_unused]] const Unscreened unscreened;
     const Timing full = time("select_blocks, unscreened", [&] { select(); });
     bench_.last_row().speedups.push_back({"unscreened", full.seconds / timing.seconds});
@@ -248,13 +251,21 @@ class ShapeBench {
     const Timing timing = time("sparse_attention (random blocks)", [&] { sparse(blocks_); });
     add("sparse_attention (random blocks)", timing, sparse_work());
   }
-  void time_layer() {
-    const Timing timing = time("msa layer", [&] { layer(); });
+  void time_layer(const std::string& name = "msa layer (select + sparse)") {
+    const Timing timing = time(name, [&] { layer(); });
     Work work = select_work();
     work += sparse_work();
-    OpBenchRow& added = add("msa layer (select + sparse)", timing, work);
+    OpBenchRow& added = add(name, timing, work);
     if (own_dense_ > 0) added.speedups.push_back({"dense_attention", own_dense_ / timing.seconds});
     added.flop_ratio = flop_ratio();
+  }
+  /// The layer again, on a cache that holds its index keys, then all of its keys and values, in a byte each.
+  void time_layer_of_float8() {
+    k_idx_ = k_idx_.to(at::kFloat8_e4m3fn);
+    time_layer("msa layer, float8 index keys");
+    k_ = k_.to(at::kFloat8_e4m3fn);
+    v_ = v_.to(at::kFloat8_e4m3fn);
+    time_layer("msa layer, float8 cache");
   }
   /// A layer on one thread and on all.
   void time_threads() {
@@ -357,16 +368,16 @@ class ShapeBench {
     return 2 * static_cast<double>(tokens * o_.kv_heads * o_.head_dim) * static_cast<double>(c10::elementSize(type));
   }
   double index_bytes() const {
-    return static_cast<double>(context_ * o_.index_dim) * static_cast<double>(c10::elementSize(type_));
+    return static_cast<double>(context_ * o_.index_dim) * static_cast<double>(k_idx_.element_size());
   }
 
   Work select_work() const {
-    return {{{screening_arithmetic(), index_operations(dense_pairs())}}, index_bytes()};
+    return {{{screening_arithmetic(queries_), index_operations(dense_pairs())}}, index_bytes()};
   }
   Work unscreened_work() const { return {{{Arithmetic::kFloat, index_operations(dense_pairs())}}, index_bytes()}; }
   Work sparse_work() const {
     return {{{attention_arithmetic(type_), attention_operations(sparse_pairs())}},
-            key_value_bytes(std::min(context_, queries_ * o_.topk * o_.block_size), type_)};
+            key_value_bytes(std::min(context_, queries_ * o_.topk * o_.block_size), k_.scalar_type())};
   }
   Work sparse_backward_work() const {  // 5 products in place of the forward's 2
     return {{{attention_arithmetic(type_), 2.5 * attention_operations(sparse_pairs())}}, 0};
@@ -514,6 +525,7 @@ void run_all(Bench& bench) {
       decode.time_select();
       decode.time_sparse();
       decode.time_layer();
+      decode.time_layer_of_float8();
     }
     if (bench.wants("backward")) {
       const std::int64_t queries = context <= kLongestSquare ? context : o.queries;
