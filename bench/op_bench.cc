@@ -20,10 +20,7 @@
 #include "msa/msa.h"
 #include "src/core/threads.h"
 #include "src/cpu/dot_products.h"
-#if __has_include("src/cpu/screen.h")
 #include "src/cpu/screen.h"
-#define MSA_BENCH_SCREENING 1
-#endif
 
 namespace msa::bench {
 namespace {
@@ -242,7 +239,7 @@ class ShapeBench {
     const Timing timing = time("select_blocks", [&] { select(); });
     add("select_blocks", timing, select_work());
     if (screening_arithmetic(queries_) == Arithmetic::kFloat) return;
-    [[maybe_unused]] const Unscreened unscreened;
+    const Unscreened unscreened;
     const Timing full = time("select_blocks, unscreened", [&] { select(); });
     bench_.last_row().speedups.push_back({"unscreened", full.seconds / timing.seconds});
     add("select_blocks, unscreened", full, unscreened_work());
@@ -339,12 +336,8 @@ class ShapeBench {
  private:
   /// Scores every block in float for as long as it lives.
   struct Unscreened {
-#ifdef MSA_BENCH_SCREENING
     Unscreened() { cpu::force_screening(cpu::Screening::kNever); }
     ~Unscreened() { cpu::force_screening(cpu::Screening::kAuto); }
-#else
-    Unscreened() = default;
-#endif
     Unscreened(const Unscreened&) = delete;
     Unscreened& operator=(const Unscreened&) = delete;
   };
