@@ -13,8 +13,10 @@
 #include "src/cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
-namespace msa::cpu {
+namespace msa::bench {
 namespace HWY_NAMESPACE {
+
+using namespace msa::cpu::HWY_NAMESPACE;  // NOLINT: the building blocks of this instruction set
 
 void bench_exp(const float* in, std::int64_t count, float* out) {
   const FloatTag df;
@@ -23,7 +25,8 @@ void bench_exp(const float* in, std::int64_t count, float* out) {
 }
 
 void bench_product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* a, const float* b, float* c) {
-  product(rows, cols, inner, a, inner, 1, b, padded_stride(cols), c, padded_stride(cols), false);
+  product(rows, cols, inner, a, inner, 1, b, cpu::padded_stride(cols), c, cpu::padded_stride(cols),
+          false);
 }
 
 void bench_transpose(const float* in, std::int64_t rows, std::int64_t cols, float* out, std::int64_t out_stride) {
@@ -35,14 +38,16 @@ float bench_softmax(float* row, std::int64_t count, float scale) {
 }
 
 }  // namespace HWY_NAMESPACE
-}  // namespace msa::cpu
+}  // namespace msa::bench
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
+#include <string>
+
 #include "msa/context.h"
 
-namespace msa::cpu {
+namespace msa::bench {
 HWY_EXPORT(bench_exp);
 HWY_EXPORT(bench_product);
 HWY_EXPORT(bench_transpose);
@@ -54,25 +59,22 @@ namespace {
 void choose_instruction_set() { static const std::string chosen = active_instruction_set(); }
 
 }  // namespace
-}  // namespace msa::cpu
-
-namespace msa::bench {
 
 void run_exp(const float* in, std::int64_t count, float* out) {
-  cpu::choose_instruction_set();
-  cpu::HWY_DYNAMIC_DISPATCH(bench_exp)(in, count, out);
+  choose_instruction_set();
+  HWY_DYNAMIC_DISPATCH(bench_exp)(in, count, out);
 }
 void run_product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* a, const float* b, float* c) {
-  cpu::choose_instruction_set();
-  cpu::HWY_DYNAMIC_DISPATCH(bench_product)(rows, cols, inner, a, b, c);
+  choose_instruction_set();
+  HWY_DYNAMIC_DISPATCH(bench_product)(rows, cols, inner, a, b, c);
 }
 void run_transpose(const float* in, std::int64_t rows, std::int64_t cols, float* out, std::int64_t out_stride) {
-  cpu::choose_instruction_set();
-  cpu::HWY_DYNAMIC_DISPATCH(bench_transpose)(in, rows, cols, out, out_stride);
+  choose_instruction_set();
+  HWY_DYNAMIC_DISPATCH(bench_transpose)(in, rows, cols, out, out_stride);
 }
 float run_softmax(float* row, std::int64_t count, float scale) {
-  cpu::choose_instruction_set();
-  return cpu::HWY_DYNAMIC_DISPATCH(bench_softmax)(row, count, scale);
+  choose_instruction_set();
+  return HWY_DYNAMIC_DISPATCH(bench_softmax)(row, count, scale);
 }
 
 }  // namespace msa::bench
