@@ -108,7 +108,7 @@ std::string describe_section(const bench::OpBenchRow& row) {
   return (row.section == "threads" ? "One thread and all, " : "Prefill, ") + rows;
 }
 
-constexpr std::size_t kNameWidth = 38;
+constexpr std::size_t kNameWidth = 44;
 
 void print_section(const std::vector<const bench::OpBenchRow*>& rows) {
   std::vector<std::string> peers;
