@@ -47,7 +47,7 @@ SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape,
       shape.screen_dim != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
   // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole strips.
   const bool is_plenty = shape.screen_dim != 0 && shape.queries.total >= 2 * threads * wanted;
-  const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : 64 / shape.kv_heads);
+  const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : kStripRows / shape.kv_heads);
   SelectionPlan plan;
   static_cast<ChunkPlan&>(plan) =
       plan_chunks(op, shape.queries, 1, std::max(least, wanted), least, threads, workspace_limit,

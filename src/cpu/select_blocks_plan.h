@@ -14,7 +14,7 @@ namespace msa::cpu {
 
 /// Rows (queries x groups) up to which a sequence is cut into spans of blocks: its scores, one a block, then stay small, and
 /// one pass over the keys serves them all.
-inline constexpr std::int64_t kFewRows = 32;
+inline constexpr std::int64_t kFewRows = 64;
 /// Keys of a span: 512 KiB of them at 128 dimensions of 16 bits, a few hundred microseconds of one core.
 inline constexpr std::int64_t kSpanKeys = 2048;
 /// Rows of a strip, side by side in lanes: two vectors of AVX-512.

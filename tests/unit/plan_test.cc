@@ -477,6 +477,44 @@ TEST(LayOutBackward, KeepsPartsApart) {
   }
 }
 
+// Screened, 512 queries of 64K keys share all quantised blocks; more keys than fit are quantised by the tasks.
+TEST(Plans, OfScreenedSelectionShareWhatFits) {
+  SelectionShape shape = paper_selection(512);
+  shape.screen_dim = 128;
+  shape.screen_blocks = 512;
+  const SelectionPlan plan = plan_selection("select_blocks", shape, 2, 0);
+  EXPECT_EQ(plan.shared_blocks, 512);
+  EXPECT_GE(plan.shared_bytes, std::size_t{512} * (128 * 128 + sizeof(BlockBounds)));
+  EXPECT_LE(plan.total_bytes(), std::size_t{64} << 20);
+  shape.screen_blocks = 1 << 20;
+  const SelectionPlan longer = plan_selection("select_blocks", shape, 2, 0);
+  EXPECT_LT(longer.shared_blocks, shape.screen_blocks);
+  EXPECT_LE(longer.total_bytes(), std::size_t{64} << 20);
+  expect_limit_kept("select_blocks",
+                    [&](int threads, std::size_t limit) { return plan_selection("select_blocks", shape, threads, limit); });
+  for (std::size_t limit = std::size_t{1} << 20; limit <= longer.total_bytes(); limit += limit / 4) {
+    EXPECT_LE(plan_selection("select_blocks", shape, 2, limit).total_bytes(), limit);
+  }
+}
+
+TEST(Plans, OfSpansKeepTheWorkspaceLimit) {
+  const SelectionShape shape = paper_selection(4);
+  const SpanPlan free = plan_spans(shape, 1000, 100000, 8, 0);
+  EXPECT_EQ(free.workers, 8);
+  EXPECT_EQ(free.score_floats, 100000);
+  EXPECT_EQ(plan_spans(shape, 1000, std::int64_t{1} << 40, 8, 0).score_floats, 1 << 20);
+  for (std::size_t limit = 1; limit < free.bytes(); limit += 1 + limit / 8) {
+    const SpanPlan plan = plan_spans(shape, 1000, 100000, 8, limit);
+    if (plan.score_floats == 0) {
+      EXPECT_LT(limit, free.worker_bytes + 1000 * sizeof(float));
+    } else {
+      EXPECT_LE(plan.bytes(), limit);
+      EXPECT_GE(plan.score_floats, 1000);
+      EXPECT_GE(plan.workers, 1);
+    }
+  }
+}
+
 TEST(Plans, ArePrintable) {
   ChunkPlan plan;
   plan.chunk = 128;
