@@ -6,34 +6,20 @@
 
 #include <algorithm>
 #include <charconv>
-#include <chrono>
 #include <cmath>
-#include <limits>
 
 #include "bindings/torch/ops.h"
 #include "msa/error.h"
 #include "msa/select_blocks.h"
+#include "src/model/numbers.h"
+#include "src/model/stopwatch.h"
 #include "src/model/train_random.h"
 
 namespace msa::model {
 namespace {
 
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // Rows of logits made at a time: 256 x 49152 float32 values are 48 MiB.
 constexpr std::int64_t kLogitRows = 256;
-
-at::Tensor int32_tensor(std::initializer_list<std::int64_t> values) {
-  return at::tensor(at::ArrayRef<std::int64_t>(values), at::kInt);
-}
-
-double mean_of(const std::vector<double>& values) {
-  double sum = 0;
-  std::int64_t count = 0;
-  for (const double value : values) {
-    if (!std::isnan(value)) sum += value, ++count;
-  }
-  return count == 0 ? kNan : sum / static_cast<double>(count);
-}
 
 SelectionMap map_selection(const LayerView& view, std::int64_t group, std::int64_t block_size) {
   const at::Tensor blocks = view.blocks.select(0, group).contiguous();  // [T, topk]
@@ -267,7 +253,7 @@ Evaluation evaluate(const Decoder& decoder, const std::vector<Tokens>& windows, 
       const bool draw = m == map_mode && w == 0 && !options.map_layers.empty();
       if (measure || draw) {
         forward.observer = [&](const LayerView& view) {
-          const auto start = std::chrono::steady_clock::now();
+          const Stopwatch observed;
           if (draw && view.blocks.defined() &&
               std::find(options.map_layers.begin(), options.map_layers.end(), view.layer) != options.map_layers.end()) {
             for (std::int64_t group = 0; group < config.num_key_value_heads; ++group) {
@@ -287,7 +273,7 @@ Evaluation evaluate(const Decoder& decoder, const std::vector<Tokens>& windows, 
               }
             }
           }
-          observed_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+          observed_seconds += observed.seconds();
         };
       }
       const ForwardResult run = decoder.forward(tokens, int32_tensor({0, length}), forward);

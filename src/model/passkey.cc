@@ -6,12 +6,12 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <numeric>
 
 #include "msa/error.h"
+#include "src/model/stopwatch.h"
 #include "src/model/train_random.h"
 
 namespace msa::model {
@@ -196,9 +196,6 @@ TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, co
   ForwardOptions forward;
   forward.attention = options.attention;
   const Tokens* previous = nullptr;
-  const auto seconds_since = [](std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
   for (const std::size_t id : order) {
     const Trial& trial = trials[id];
     const auto length = static_cast<std::int64_t>(trial.prompt.size());
@@ -206,17 +203,17 @@ TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, co
     const std::int64_t kept = previous == nullptr ? 0 : std::min(shared_prefix(*previous, trial.prompt), length - 1);
     cache.crop(sequence, kept);
     const at::Tensor prompt = at::tensor(trial.prompt, at::kLong);
-    auto start = std::chrono::steady_clock::now();
+    const Stopwatch prefill;
     at::Tensor last_hidden;
     for (std::int64_t begin = kept; begin < length; begin += options.chunk) {
       const std::int64_t rows = std::min(options.chunk, length - begin);
       const at::Tensor hidden = decoder.forward_cached(prompt.narrow(0, begin, rows), cache, sequence, forward).hidden;
       last_hidden = hidden.narrow(0, rows - 1, 1);
     }
-    run.prefill_seconds += seconds_since(start);
+    run.prefill_seconds += prefill.seconds();
     run.prompt_tokens += length;
     run.computed_tokens += length - kept;
-    start = std::chrono::steady_clock::now();
+    const Stopwatch decode;
     Tokens answer;
     while (static_cast<std::int64_t>(answer.size()) < options.max_answer) {
       const std::int64_t token = decoder.logits(last_hidden).argmax(-1).item<std::int64_t>();
@@ -225,7 +222,7 @@ TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, co
       if (static_cast<std::int64_t>(answer.size()) == options.max_answer) break;
       last_hidden = decoder.forward_cached(at::tensor({token}, at::kLong), cache, sequence, forward).hidden;
     }
-    run.decode_seconds += seconds_since(start);
+    run.decode_seconds += decode.seconds();
     run.generated_tokens += static_cast<std::int64_t>(answer.size());
     TrialResult& result = run.results[id];
     result.answer = options.decode(answer);

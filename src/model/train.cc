@@ -5,9 +5,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -18,6 +16,8 @@
 #include "msa/select_blocks.h"
 #include "src/model/files/json.h"
 #include "src/model/files/safetensors.h"
+#include "src/model/numbers.h"
+#include "src/model/stopwatch.h"
 #include "src/model/train_random.h"
 
 namespace msa::model {
@@ -25,7 +25,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // Streams of random numbers (train_random.h), one for each use.
 constexpr std::uint64_t kOrderStream = 1, kRowStream = 2, kPoolStream = 3, kDocumentStream = 4;
 // Rows of logits differentiated at a time: 512 x 49152 float32 values and their gradient are 200 MiB.
@@ -34,25 +33,12 @@ constexpr std::int64_t kLogitRows = 512;
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 26;
 constexpr std::int64_t kPoolFactor = 4;  // rows whose queries are kept, over the rows of one step
 
-at::Tensor int32_tensor(std::initializer_list<std::int64_t> values) {
-  return at::tensor(at::ArrayRef<std::int64_t>(values), at::kInt);
-}
-
 std::vector<std::int64_t> index_layers(const Decoder& decoder) {
   std::vector<std::int64_t> layers;
   for (std::int64_t layer = 0; layer < decoder.config().num_hidden_layers; ++layer) {
     if (decoder.has_index_branch(layer)) layers.push_back(layer);
   }
   return layers;
-}
-
-double mean_of(const std::vector<double>& values) {
-  double sum = 0;
-  std::int64_t count = 0;
-  for (const double value : values) {
-    if (!std::isnan(value)) sum += value, ++count;
-  }
-  return count == 0 ? kNan : sum / static_cast<double>(count);
 }
 
 struct TokenWindow {
@@ -623,7 +609,7 @@ TrainResult Run::execute() {
       }
     }
     const bool sparse = options_.stages[*stage].sparse;
-    const auto start = std::chrono::steady_clock::now();
+    const Stopwatch stopwatch;
     StepRecord record;
     record.stage = options_.dense ? "dense" : sparse ? "sparse" : "warmup";
     const double factor = schedule_factor(schedule, step_);
@@ -648,7 +634,7 @@ TrainResult Run::execute() {
     });
     ++step_;
     record.step = step_;
-    record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    record.seconds = stopwatch.seconds();
     const bool last = step_ == total_steps_;
     if (!probe_windows_.empty() && (step_ % options_.probe_every == 0 || last)) probe(sparse, record);
     if (hooks_.on_step) hooks_.on_step(record);
