@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // `msa generate`: streams a continuation of a prompt, or the answer of a chat model. Text goes to stdout as it comes,
-// figures to stderr; with --json both go to stdout as one object at the end. Tested in tests/integration/test_cli.py
-// and tests/integration/test_main_job.py.
-#include <csignal>
+// figures and the progress of a long prompt to stderr; with --json both go to stdout as one object at the end. Ctrl-C
+// ends the text, prints what there is and exits with 130. Tested in tests/python/test_generate.py and
+// tests/integration/test_main_job.py.
+#include <chrono>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "apps/msa/commands.h"
+#include "apps/msa/interrupt.h"
 #include "apps/msa/model_options.h"
 #include "msa/error.h"
 #include "src/model/files/chat_template.h"
@@ -35,21 +37,8 @@ struct GenerateFlags {
 
 constexpr std::size_t kMaxPromptBytes = std::size_t{1} << 26;
 
-// Set by Ctrl-C: the token being computed is the last, and the figures are still printed.
-volatile std::sig_atomic_t interrupted = 0;
-
-void handle_interrupt(int) { interrupted = 1; }
-
-class InterruptGuard {
- public:
-  InterruptGuard() : previous_(std::signal(SIGINT, handle_interrupt)) {}
-  ~InterruptGuard() { std::signal(SIGINT, previous_); }
-  InterruptGuard(const InterruptGuard&) = delete;
-  InterruptGuard& operator=(const InterruptGuard&) = delete;
-
- private:
-  void (*previous_)(int);
-};
+// A prompt that takes longer than this is told of, as often.
+constexpr std::chrono::seconds kProgressEvery(1);
 
 struct Prompt {
   std::vector<std::int32_t> tokens;
@@ -96,7 +85,7 @@ void print_stats(const model::GenerateStats& stats, const std::string& attention
     std::fprintf(stderr, "%s: %lld tokens, %.1f tokens/s, %.2f s (selection %.2f s, attention %.2f s)\n", name,
                  static_cast<long long>(tokens), rate, seconds.total, seconds.selection, seconds.attention);
   };
-  line("prefill", stats.prompt_tokens - stats.reused_tokens, stats.prefill_tokens_per_second(), stats.prefill);
+  line("prefill", stats.prefill_tokens, stats.prefill_tokens_per_second(), stats.prefill);
   line("decode ", stats.decode_steps, stats.decode_tokens_per_second(), stats.decode);
   std::fprintf(stderr, "%s attention; stopped by %s\n", attention.c_str(), model::stop_reason_name(stats.stop));
 }
@@ -124,10 +113,18 @@ void run_generate(const GenerateFlags& flags) {
       std::fflush(stdout);
     }
   };
+  auto told = std::chrono::steady_clock::now();
+  options.on_prefill = [&](std::int64_t tokens) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - told < kProgressEvery) return;
+    told = now;
+    std::fprintf(stderr, "generate: %lld of %zu prompt tokens\n", static_cast<long long>(tokens), prompt.tokens.size());
+  };
+  options.should_stop = InterruptGuard::requested;
   const InterruptGuard guard;
   const model::Generation generation = session.generate(prompt.tokens, options, [&](std::int32_t token) {
     emit(stream.push(token));
-    return interrupted == 0;
+    return true;
   });
   emit(stream.finish());
   if (flags.json) {
@@ -140,6 +137,7 @@ void run_generate(const GenerateFlags& flags) {
     std::fflush(stdout);
     print_stats(generation.stats, flags.attention.mode);
   }
+  if (generation.stats.stop == model::StopReason::kInterrupted) throw CLI::RuntimeError(kInterruptedStatus);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Entry of the program `msa`: registers the subcommands, turns exceptions into messages and exit codes (1: failed, 2: bad
-// usage). Tested in tests/integration/test_cli.py.
+// usage, 130: interrupted). Tested in tests/integration/test_cli.py.
 #include <cstdio>
 #include <exception>
 
@@ -42,8 +42,11 @@ int main(int argc, char** argv) {
   msa::app::add_check_command(app);
   msa::app::add_info_command(app);
 
+  int status = 0;
   try {
     app.parse(argc, argv);
+  } catch (const CLI::RuntimeError& error) {  // the subcommand has said all there is to say but how it ended
+    status = error.get_exit_code();
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   } catch (const std::exception& error) {
@@ -56,5 +59,5 @@ int main(int argc, char** argv) {
     std::perror("msa: standard output");
     return 1;
   }
-  return 0;
+  return status;
 }

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -19,6 +18,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/msa/commands.h"
+#include "apps/msa/interrupt.h"
 #include "apps/msa/training_text.h"
 #include "msa/error.h"
 #include "src/model/convert.h"
@@ -45,26 +45,6 @@ struct TrainFlags {
   model::TrainOptions options;
 
   TrainFlags() { options.min_factor = 0.05; }
-};
-
-volatile std::sig_atomic_t interrupted = 0;
-
-// Turns the first interrupt into a request to stop; a second one ends the program at once.
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = 0;
-    previous_ = std::signal(SIGINT, [](int) {
-      interrupted = 1;
-      std::signal(SIGINT, SIG_DFL);
-    });
-  }
-  ~InterruptGuard() { std::signal(SIGINT, previous_); }
-  InterruptGuard(const InterruptGuard&) = delete;
-  InterruptGuard& operator=(const InterruptGuard&) = delete;
-
- private:
-  void (*previous_)(int) = SIG_DFL;
 };
 
 // Lines of a log up to a step: what a resumed run keeps of it.
@@ -187,7 +167,7 @@ void run_train(TrainFlags flags) {
     progress.step(record);
   };
   hooks.on_progress = [](const std::string& line) { fmt::print(stderr, "train: {}\n", line); };
-  hooks.should_stop = [] { return interrupted != 0; };
+  hooks.should_stop = InterruptGuard::requested;
   model::TrainResult result;
   {
     const InterruptGuard guard;

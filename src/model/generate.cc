@@ -5,13 +5,13 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <utility>
 
 #include "msa/error.h"
+#include "src/model/stopwatch.h"
 
 namespace msa::model {
 namespace {
@@ -34,14 +34,6 @@ cache::PagedCache make_cache(const Decoder& decoder, std::int64_t context) {
 bool same_attention(const AttentionOptions& a, const AttentionOptions& b) {
   return a.mode == b.mode && a.topk == b.topk && a.layer_topk == b.layer_topk;
 }
-
-class Stopwatch {
- public:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
 
 double rate(std::int64_t tokens, double seconds) {
   return tokens > 0 && seconds > 0 ? static_cast<double>(tokens) / seconds : 0;
@@ -105,11 +97,12 @@ const char* stop_reason_name(StopReason reason) {
     case StopReason::kMaxTokens: return "max_tokens";
     case StopReason::kContextFull: return "context_full";
     case StopReason::kCallback: return "callback";
+    case StopReason::kInterrupted: return "interrupt";
   }
   return "unknown";
 }
 
-double GenerateStats::prefill_tokens_per_second() const { return rate(prompt_tokens - reused_tokens, prefill.total); }
+double GenerateStats::prefill_tokens_per_second() const { return rate(prefill_tokens, prefill.total); }
 double GenerateStats::decode_tokens_per_second() const { return rate(decode_steps, decode.total); }
 
 Session::Session(const Decoder& decoder, std::int64_t context)
@@ -161,12 +154,20 @@ Generation Session::generate(std::span<const std::int32_t> prompt, const Generat
   stats.prompt_tokens = length;
   stats.reused_tokens = static_cast<std::int64_t>(reused);
 
+  const auto interrupted = [&] { return options.should_stop && options.should_stop(); };
   const Stopwatch prefill;
   at::Tensor hidden;
   for (std::size_t begin = reused; begin < prompt.size();) {
+    if (interrupted()) {
+      stats.stop = StopReason::kInterrupted;
+      stats.prefill.total = prefill.seconds();
+      return generation;
+    }
     const std::size_t rows = std::min(static_cast<std::size_t>(options.chunk), prompt.size() - begin);
     hidden = run(prompt.subspan(begin, rows), forward, &stats.prefill);
     begin += rows;
+    stats.prefill_tokens += static_cast<std::int64_t>(rows);
+    if (options.on_prefill) options.on_prefill(static_cast<std::int64_t>(begin));
   }
   const auto next_token = [&] {
     const at::Tensor logits = decoder_->logits(hidden);
@@ -193,6 +194,10 @@ Generation Session::generate(std::span<const std::int32_t> prompt, const Generat
     }
     if (static_cast<std::int64_t>(history_.size()) + 1 >= context_) {
       stats.stop = StopReason::kContextFull;
+      break;
+    }
+    if (interrupted()) {
+      stats.stop = StopReason::kInterrupted;
       break;
     }
     hidden = run({&token, 1}, forward, &stats.decode);

@@ -42,19 +42,25 @@ struct GenerateOptions {
   std::int64_t max_tokens = 256;          ///< new tokens at most; fewer when the context is full
   std::int64_t chunk = 512;               ///< prompt tokens a pass; bounds the memory of a prefill
   std::vector<std::int64_t> stop_tokens;  ///< end the text; not part of it
+  /// Asked before every pass, in the prompt too: true ends the generation with what there is. Optional.
+  std::function<bool()> should_stop;
+  std::function<void(std::int64_t)> on_prefill;  ///< optional: prompt tokens in the cache, after each chunk
 };
 
 enum class StopReason {
   kStopToken,
   kMaxTokens,
   kContextFull,
-  kCallback,  ///< the caller asked
+  kCallback,     ///< the token callback returned false
+  kInterrupted,  ///< should_stop returned true
 };
-const char* stop_reason_name(StopReason reason);  // "stop_token", "max_tokens", "context_full", "callback"
+/// "stop_token", "max_tokens", "context_full", "callback", "interrupt".
+const char* stop_reason_name(StopReason reason);
 
 struct GenerateStats {
   std::int64_t prompt_tokens = 0;
   std::int64_t reused_tokens = 0;     ///< of the prompt, found in the cache
+  std::int64_t prefill_tokens = 0;    ///< of the prompt, run: all others unless interrupted
   std::int64_t generated_tokens = 0;  ///< a stop token counts
   ForwardSeconds prefill, decode;     ///< total: with the output head and sampling
   std::int64_t decode_steps = 0;      ///< forwards after the prefill; the first token needs none

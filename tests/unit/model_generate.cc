@@ -112,6 +112,35 @@ TEST(Session, Stops) {
   EXPECT_EQ(cut.tokens, std::vector<std::int32_t>(whole.tokens.begin(), whole.tokens.begin() + 2));
 }
 
+TEST(Session, EndsWhenAskedInPromptAndAnswer) {
+  const Decoder decoder = Decoder::create(testing::tiny_config(), 1);
+  const std::vector<std::int32_t> prompt = random_prompt(50, 4);
+  Session session(decoder, 100);
+  const Generation whole = session.generate(prompt, greedy(6));
+  EXPECT_EQ(whole.stats.prefill_tokens, 50);
+  session.generate(random_prompt(2, 9), greedy(1));  // nothing of the prompt is left in the cache
+
+  std::vector<std::int64_t> told;
+  int questions = 0;
+  GenerateOptions options = greedy(6, 10);
+  options.on_prefill = [&](std::int64_t tokens) { told.push_back(tokens); };
+  options.should_stop = [&] { return ++questions == 4; };  // before the fourth chunk
+  const Generation in_prompt = session.generate(prompt, options);
+  EXPECT_EQ(in_prompt.stats.stop, StopReason::kInterrupted);
+  EXPECT_TRUE(in_prompt.tokens.empty());
+  EXPECT_EQ(in_prompt.stats.prefill_tokens, 30);
+  EXPECT_EQ(told, (std::vector<std::int64_t>{10, 20, 30}));
+
+  // What ran is kept: the same prompt goes on from there, and is stopped after two tokens.
+  questions = 0;
+  const Generation in_answer = session.generate(prompt, options);
+  EXPECT_EQ(in_answer.stats.reused_tokens, 30);
+  EXPECT_EQ(in_answer.stats.stop, StopReason::kInterrupted);
+  EXPECT_EQ(in_answer.tokens, std::vector<std::int32_t>(whole.tokens.begin(), whole.tokens.begin() + 2));
+  options.should_stop = nullptr;
+  EXPECT_EQ(session.generate(prompt, options).tokens, whole.tokens);
+}
+
 TEST(Session, RefusesWhatDoesNotFit) {
   const Decoder decoder = Decoder::create(testing::tiny_config(), 1);
   Session session(decoder, 40);
