@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Schemas of the torch operators and their CPU and Meta kernels. A Meta kernel checks ranks and dtypes and makes the
 // outputs; the CPU kernel does the same, then turns tensors into views and calls the library, which checks everything
-// else. Autograd is in autograd.cc. Tested in tests/python/test_ops*.py.
+// else: both are one function, a template of whether it computes. So are the packed and the paged form of an operator,
+// which differ in how the keys lie. Autograd is in autograd.cc. Tested in tests/python/test_ops*.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -39,38 +40,23 @@ std::string describe_tensor(const Tensor& tensor) {
   return text + ']';
 }
 
-void check_rank(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+void check_rank(const char* op, const std::string& name, const Tensor& tensor, std::int64_t rank) {
   TORCH_CHECK(tensor.defined(), op, ": ", name, ": must be a tensor");
   TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, ": ", describe_tensor(tensor), " has layout ",
               tensor.layout(), "; it must be strided");
   TORCH_CHECK(tensor.dim() == rank, op, ": ", name, ": ", describe_tensor(tensor), " must have rank ", rank);
 }
 
-void check_float(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+void check_float(const char* op, const std::string& name, const Tensor& tensor, std::int64_t rank) {
   check_rank(op, name, tensor, rank);
   const at::ScalarType type = tensor.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op, ": ", name, ": ",
               describe_tensor(tensor), " must be float32, bfloat16 or float16");
 }
 
-void check_int32(const char* op, const char* name, const Tensor& tensor, std::int64_t rank) {
+void check_int32(const char* op, const std::string& name, const Tensor& tensor, std::int64_t rank) {
   check_rank(op, name, tensor, rank);
   TORCH_CHECK(tensor.scalar_type() == at::kInt, op, ": ", name, ": ", describe_tensor(tensor), " must be int32");
-}
-
-void check_packed(const char* op, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                  const OptionalTensor& query_positions) {
-  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
-  check_int32(op, "cu_seqlens_k", cu_seqlens_k, 1);
-  if (query_positions) check_int32(op, "query_positions", *query_positions, 1);
-}
-
-void check_paged(const char* op, const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
-                 const OptionalTensor& query_positions) {
-  check_int32(op, "cu_seqlens_q", cu_seqlens_q, 1);
-  check_int32(op, "page_table", page_table, 2);
-  check_int32(op, "seqlens_k", seqlens_k, 1);
-  if (query_positions) check_int32(op, "query_positions", *query_positions, 1);
 }
 
 void check_topk(const char* op, std::int64_t topk) {  // before the output is allocated
@@ -112,7 +98,7 @@ class Inputs {
  public:
   explicit Inputs(const char* op) : op_(op) {}
 
-  ConstTensorView view(const char* name, const Tensor& tensor) {
+  ConstTensorView view(const std::string& name, const Tensor& tensor) {
     check_device(name, tensor);
     const bool rows_contiguous = tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
     const Tensor& kept = keep(rows_contiguous ? tensor : tensor.contiguous());
@@ -121,7 +107,7 @@ class Inputs {
     return view;
   }
 
-  ConstTensorView view(const char* name, const OptionalTensor& tensor) {
+  ConstTensorView view(const std::string& name, const OptionalTensor& tensor) {
     return tensor && tensor->defined() ? view(name, *tensor) : ConstTensorView();
   }
 
@@ -143,12 +129,12 @@ class Inputs {
   }
 
  private:
-  void check_device(const char* name, const Tensor& tensor) const {
+  void check_device(const std::string& name, const Tensor& tensor) const {
     TORCH_CHECK(tensor.device().is_cpu(), op_, ": ", name, ": is on ", tensor.device(),
                 "; all tensors must be on the cpu");
   }
 
-  std::span<const std::int32_t> span(const char* name, const Tensor& tensor) {
+  std::span<const std::int32_t> span(const std::string& name, const Tensor& tensor) {
     check_device(name, tensor);
     const Tensor& kept = keep(tensor.contiguous());
     return {kept.const_data_ptr<std::int32_t>(), static_cast<std::size_t>(kept.numel())};
@@ -167,6 +153,49 @@ class Inputs {
 
   const char* op_;
   std::vector<Tensor> kept_;
+};
+
+/// How the keys of a call lie: one sequence after the other, or in pages. The two forms of an operator differ in this
+/// alone.
+class Layout {
+ public:
+  static Layout packed(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const OptionalTensor& query_positions) {
+    return {cu_seqlens_q, cu_seqlens_k, nullptr, query_positions};
+  }
+  static Layout paged(const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+                      const OptionalTensor& query_positions) {
+    return {cu_seqlens_q, seqlens_k, &page_table, query_positions};
+  }
+
+  /// Name and rank of a key tensor that is [Tk, ...] of rank `rank` when packed, [pages, page, ...] when paged.
+  std::string name(const char* packed) const {
+    std::string text = packed;
+    if (page_table_ != nullptr) text += "_pages";
+    return text;
+  }
+  std::int64_t rank(std::int64_t packed) const { return page_table_ != nullptr ? packed + 1 : packed; }
+
+  void check(const char* op) const {
+    check_int32(op, "cu_seqlens_q", cu_seqlens_q_, 1);
+    if (page_table_ != nullptr) check_int32(op, "page_table", *page_table_, 2);
+    check_int32(op, page_table_ != nullptr ? "seqlens_k" : "cu_seqlens_k", lengths_, 1);
+    if (query_positions_) check_int32(op, "query_positions", *query_positions_, 1);
+  }
+
+  Batch batch(Inputs& inputs) const {
+    return page_table_ != nullptr ? inputs.paged(cu_seqlens_q_, *page_table_, lengths_, query_positions_)
+                                  : inputs.packed(cu_seqlens_q_, lengths_, query_positions_);
+  }
+
+ private:
+  Layout(const Tensor& cu_seqlens_q, const Tensor& lengths, const Tensor* page_table,
+         const OptionalTensor& query_positions)
+      : cu_seqlens_q_(cu_seqlens_q), lengths_(lengths), page_table_(page_table), query_positions_(query_positions) {}
+
+  const Tensor& cu_seqlens_q_;
+  const Tensor& lengths_;     // cu_seqlens_k, or seqlens_k
+  const Tensor* page_table_;  // null: packed
+  const OptionalTensor& query_positions_;
 };
 
 Context make_context() {
@@ -205,320 +234,217 @@ Tensor make_blocks(const Tensor& q, const c10::SymInt& kv_heads, std::int64_t to
   return at::empty_symint({kv_heads, q.sym_size(0), c10::SymInt(topk)}, q.options().dtype(at::kInt));
 }
 
-Tensor select_blocks_meta(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
-                          const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t, std::int64_t,
-                          const OptionalTensor& query_positions) {
-  constexpr const char* op = "select_blocks";
+Tensor choose_blocks(const char* op, bool computes, const Tensor& q_idx, const Tensor& k_idx, const Layout& layout,
+                     std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks) {
   check_float(op, "q_idx", q_idx, 3);
-  check_float(op, "k_idx", k_idx, 2);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  check_float(op, layout.name("k_idx"), k_idx, layout.rank(2));
+  layout.check(op);
   check_topk(op, topk);
-  return make_blocks(q_idx, q_idx.sym_size(1), topk);
-}
-
-Tensor select_blocks_paged_meta(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
-                                const Tensor& page_table, const Tensor& seqlens_k, std::int64_t, std::int64_t topk,
-                                std::int64_t, std::int64_t, const OptionalTensor& query_positions) {
-  constexpr const char* op = "select_blocks_paged";
-  check_float(op, "q_idx", q_idx, 3);
-  check_float(op, "k_idx_pages", k_idx_pages, 3);
-  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
-  check_topk(op, topk);
-  return make_blocks(q_idx, q_idx.sym_size(1), topk);
-}
-
-void fill_blocks(const char* op, Inputs& inputs, const char* k_idx_name, const Tensor& q_idx, const Tensor& k_idx,
-                 const Batch& batch, std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
-                 std::int64_t init_blocks, const Tensor& blocks) {
+  const Tensor blocks = make_blocks(q_idx, q_idx.sym_size(1), topk);
+  if (!computes) return blocks;
+  Inputs inputs(op);
   SelectBlocksParams params;
   params.q_idx = inputs.view("q_idx", q_idx);
-  params.k_idx = inputs.view(k_idx_name, k_idx);
-  params.batch = batch;
+  params.k_idx = inputs.view(layout.name("k_idx"), k_idx);
+  params.batch = layout.batch(inputs);
   params.block_size = block_size;
   params.topk = topk;
   params.local_blocks = local_blocks;
   params.init_blocks = init_blocks;
   call_library(op, [&](const Context& context) { msa::select_blocks(context, params, output_view(blocks)); });
-}
-
-Tensor select_blocks_cpu(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
-                         const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
-                         std::int64_t local_blocks, std::int64_t init_blocks, const OptionalTensor& query_positions) {
-  const Tensor blocks = select_blocks_meta(q_idx, k_idx, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
-                                           init_blocks, query_positions);
-  Inputs inputs("select_blocks");
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  fill_blocks("select_blocks", inputs, "k_idx", q_idx, k_idx, batch, block_size, topk, local_blocks, init_blocks,
-              blocks);
   return blocks;
 }
 
-Tensor select_blocks_paged_cpu(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
-                               const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
-                               std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
-                               const OptionalTensor& query_positions) {
-  const Tensor blocks = select_blocks_paged_meta(q_idx, k_idx_pages, cu_seqlens_q, page_table, seqlens_k, block_size,
-                                                 topk, local_blocks, init_blocks, query_positions);
-  Inputs inputs("select_blocks_paged");
-  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
-  fill_blocks("select_blocks_paged", inputs, "k_idx_pages", q_idx, k_idx_pages, batch, block_size, topk, local_blocks,
-              init_blocks, blocks);
-  return blocks;
+template <bool computes>
+Tensor select_blocks_kernel(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
+                            const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
+                            std::int64_t local_blocks, std::int64_t init_blocks,
+                            const OptionalTensor& query_positions) {
+  return choose_blocks("select_blocks", computes, q_idx, k_idx,
+                       Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, topk, local_blocks,
+                       init_blocks);
+}
+
+template <bool computes>
+Tensor select_blocks_paged_kernel(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
+                                  const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
+                                  std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
+                                  const OptionalTensor& query_positions) {
+  return choose_blocks("select_blocks_paged", computes, q_idx, k_idx_pages,
+                       Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, topk,
+                       local_blocks, init_blocks);
 }
 
 // ---- topk_blocks ----
 
-Tensor topk_blocks_meta(const Tensor& scores, std::int64_t topk) {
+template <bool computes>
+Tensor topk_blocks_kernel(const Tensor& scores, std::int64_t topk) {
   constexpr const char* op = "topk_blocks";
   check_rank(op, "scores", scores, 2);
   TORCH_CHECK(scores.scalar_type() == at::kFloat, op, ": scores: ", describe_tensor(scores), " must be float32");
   check_topk(op, topk);
-  return at::empty_symint({scores.sym_size(0), c10::SymInt(topk)}, scores.options().dtype(at::kInt));
-}
-
-Tensor topk_blocks_cpu(const Tensor& scores, std::int64_t topk) {
-  const Tensor ids = topk_blocks_meta(scores, topk);
-  Inputs inputs("topk_blocks");
+  const Tensor ids = at::empty_symint({scores.sym_size(0), c10::SymInt(topk)}, scores.options().dtype(at::kInt));
+  if (!computes) return ids;
+  Inputs inputs(op);
   TopkBlocksParams params;
   params.scores = inputs.view("scores", scores);
   params.topk = topk;
-  call_library("topk_blocks", [&](const Context& context) { msa::topk_blocks(context, params, output_view(ids)); });
+  call_library(op, [&](const Context& context) { msa::topk_blocks(context, params, output_view(ids)); });
   return ids;
 }
 
 // ---- select_blocks_oracle ----
 
-Tensor select_blocks_oracle_meta(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
-                                 const Tensor& cu_seqlens_k, std::int64_t, std::int64_t topk, std::int64_t,
-                                 std::int64_t, std::optional<double>, const OptionalTensor& query_positions) {
-  constexpr const char* op = "select_blocks_oracle";
+Tensor choose_oracle_blocks(const char* op, bool computes, const Tensor& q, const Tensor& k, const Layout& layout,
+                            std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
+                            std::int64_t init_blocks, std::optional<double> scale) {
   check_float(op, "q", q, 3);
-  check_float(op, "k", k, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  check_float(op, layout.name("k"), k, layout.rank(3));
+  layout.check(op);
   check_topk(op, topk);
-  return make_blocks(q, k.sym_size(1), topk);
-}
-
-Tensor select_blocks_oracle_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
-                                       const Tensor& page_table, const Tensor& seqlens_k, std::int64_t,
-                                       std::int64_t topk, std::int64_t, std::int64_t, std::optional<double>,
-                                       const OptionalTensor& query_positions) {
-  constexpr const char* op = "select_blocks_oracle_paged";
-  check_float(op, "q", q, 3);
-  check_float(op, "k_pages", k_pages, 4);
-  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
-  check_topk(op, topk);
-  return make_blocks(q, k_pages.sym_size(2), topk);
-}
-
-void fill_oracle_blocks(const char* op, Inputs& inputs, const char* k_name, const Tensor& q, const Tensor& k,
-                        const Batch& batch, std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
-                        std::int64_t init_blocks, std::optional<double> scale, const Tensor& blocks) {
+  const Tensor blocks = make_blocks(q, k.sym_size(-2), topk);
+  if (!computes) return blocks;
+  Inputs inputs(op);
   OracleBlocksParams params;
   params.q = inputs.view("q", q);
-  params.k = inputs.view(k_name, k);
-  params.batch = batch;
+  params.k = inputs.view(layout.name("k"), k);
+  params.batch = layout.batch(inputs);
   params.block_size = block_size;
   params.topk = topk;
   params.local_blocks = local_blocks;
   params.init_blocks = init_blocks;
   params.scale = scale;
   call_library(op, [&](const Context& context) { msa::select_blocks_oracle(context, params, output_view(blocks)); });
-}
-
-Tensor select_blocks_oracle_cpu(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
-                                const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
-                                std::int64_t local_blocks, std::int64_t init_blocks, std::optional<double> scale,
-                                const OptionalTensor& query_positions) {
-  const Tensor blocks = select_blocks_oracle_meta(q, k, cu_seqlens_q, cu_seqlens_k, block_size, topk, local_blocks,
-                                                  init_blocks, scale, query_positions);
-  Inputs inputs("select_blocks_oracle");
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  fill_oracle_blocks("select_blocks_oracle", inputs, "k", q, k, batch, block_size, topk, local_blocks, init_blocks,
-                     scale, blocks);
   return blocks;
 }
 
-Tensor select_blocks_oracle_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
-                                      const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
-                                      std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
-                                      std::optional<double> scale, const OptionalTensor& query_positions) {
-  const Tensor blocks = select_blocks_oracle_paged_meta(q, k_pages, cu_seqlens_q, page_table, seqlens_k, block_size,
-                                                        topk, local_blocks, init_blocks, scale, query_positions);
-  Inputs inputs("select_blocks_oracle_paged");
-  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
-  fill_oracle_blocks("select_blocks_oracle_paged", inputs, "k_pages", q, k_pages, batch, block_size, topk, local_blocks,
-                     init_blocks, scale, blocks);
-  return blocks;
+template <bool computes>
+Tensor select_blocks_oracle_kernel(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+                                   const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
+                                   std::int64_t local_blocks, std::int64_t init_blocks, std::optional<double> scale,
+                                   const OptionalTensor& query_positions) {
+  return choose_oracle_blocks("select_blocks_oracle", computes, q, k,
+                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, topk,
+                              local_blocks, init_blocks, scale);
+}
+
+template <bool computes>
+Tensor select_blocks_oracle_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
+                                         const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
+                                         std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
+                                         std::optional<double> scale, const OptionalTensor& query_positions) {
+  return choose_oracle_blocks("select_blocks_oracle_paged", computes, q, k_pages,
+                              Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, topk,
+                              local_blocks, init_blocks, scale);
 }
 
 // ---- Attention, sparse and dense ----
 
-TensorPair make_attention_outputs(const Tensor& q, const Tensor& v) {
-  return {at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(-1)}, q.options()),
-          at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(at::kFloat))};
+/// One body for sparse (`blocks` given) and dense, packed and paged, forward and backward, as far as they agree.
+struct AttentionArguments {
+  const char* op;
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const Tensor* blocks;  ///< null: dense
+  const Layout& layout;
+  std::int64_t block_size;  ///< of blocks
+  std::optional<double> scale;
+
+  void check() const {
+    check_float(op, "q", q, 3);
+    check_float(op, layout.name("k"), k, layout.rank(3));
+    check_float(op, layout.name("v"), v, layout.rank(3));
+    if (blocks != nullptr) check_int32(op, "blocks", *blocks, 3);
+    layout.check(op);
+  }
+
+  /// Calls `body` with the library's parameters of the one operator or the other.
+  template <class Body>
+  void call(Inputs& inputs, Body&& body) const {
+    const auto fill = [&](auto params) {
+      params.q = inputs.view("q", q);
+      params.k = inputs.view(layout.name("k"), k);
+      params.v = inputs.view(layout.name("v"), v);
+      params.batch = layout.batch(inputs);
+      params.scale = scale;
+      return params;
+    };
+    if (blocks == nullptr) {
+      const auto params = fill(DenseAttentionParams());
+      call_library(op, [&](const Context& context) { body(context, params); });
+      return;
+    }
+    auto params = fill(SparseAttentionParams());
+    params.blocks = inputs.view("blocks", *blocks);
+    params.block_size = block_size;
+    call_library(op, [&](const Context& context) { body(context, params); });
+  }
+};
+
+void run_attention(const Context& context, const SparseAttentionParams& params, TensorView out, TensorView lse) {
+  msa::sparse_attention(context, params, out, lse);
+}
+void run_attention(const Context& context, const DenseAttentionParams& params, TensorView out, TensorView lse) {
+  msa::dense_attention(context, params, out, lse);
+}
+void run_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                  const AttentionGrads& grads) {
+  msa::sparse_attention_backward(context, params, saved, grads);
+}
+void run_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
+                  const AttentionGrads& grads) {
+  msa::dense_attention_backward(context, params, saved, grads);
 }
 
-TensorTriple make_attention_grads(const Tensor& q, const Tensor& k, const Tensor& v) {
-  return {at::empty_symint(q.sym_sizes(), q.options()), at::empty_symint(k.sym_sizes(), k.options()),
-          at::empty_symint(v.sym_sizes(), v.options())};
-}
-
-TensorPair sparse_attention_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
-                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t,
-                                 std::optional<double>, const OptionalTensor& query_positions) {
-  constexpr const char* op = "sparse_attention";
-  check_float(op, "q", q, 3);
-  check_float(op, "k", k, 3);
-  check_float(op, "v", v, 3);
-  check_int32(op, "blocks", blocks, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
-  return make_attention_outputs(q, v);
-}
-
-TensorPair sparse_attention_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                       const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
-                                       const Tensor& seqlens_k, std::int64_t, std::optional<double>,
-                                       const OptionalTensor& query_positions) {
-  constexpr const char* op = "sparse_attention_paged";
-  check_float(op, "q", q, 3);
-  check_float(op, "k_pages", k_pages, 4);
-  check_float(op, "v_pages", v_pages, 4);
-  check_int32(op, "blocks", blocks, 3);
-  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
-  return make_attention_outputs(q, v_pages);
-}
-
-TensorPair dense_attention_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                const Tensor& cu_seqlens_k, std::optional<double>,
-                                const OptionalTensor& query_positions) {
-  constexpr const char* op = "dense_attention";
-  check_float(op, "q", q, 3);
-  check_float(op, "k", k, 3);
-  check_float(op, "v", v, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
-  return make_attention_outputs(q, v);
-}
-
-TensorPair dense_attention_paged_meta(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                      const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
-                                      std::optional<double>, const OptionalTensor& query_positions) {
-  constexpr const char* op = "dense_attention_paged";
-  check_float(op, "q", q, 3);
-  check_float(op, "k_pages", k_pages, 4);
-  check_float(op, "v_pages", v_pages, 4);
-  check_paged(op, cu_seqlens_q, page_table, seqlens_k, query_positions);
-  return make_attention_outputs(q, v_pages);
-}
-
-void check_value_dim(const char* op, const char* name, const Tensor& v) {  // before `out` is allocated
-  if (!v.defined() || v.dim() == 0) return;                                // the meta kernel reports that
-  TORCH_CHECK(v.size(-1) <= kMaxHeadDim, op, ": ", name, ": ", describe_tensor(v), ": head dimension ", v.size(-1),
-              " must be at most ", kMaxHeadDim);
-}
-
-SparseAttentionParams sparse_params(Inputs& inputs, const Tensor& q, const char* k_name, const Tensor& k,
-                                    const char* v_name, const Tensor& v, const Tensor& blocks, const Batch& batch,
-                                    std::int64_t block_size, std::optional<double> scale) {
-  SparseAttentionParams params;
-  params.q = inputs.view("q", q);
-  params.k = inputs.view(k_name, k);
-  params.v = inputs.view(v_name, v);
-  params.blocks = inputs.view("blocks", blocks);
-  params.batch = batch;
-  params.block_size = block_size;
-  params.scale = scale;
-  return params;
-}
-
-DenseAttentionParams dense_params(Inputs& inputs, const Tensor& q, const char* k_name, const Tensor& k,
-                                  const char* v_name, const Tensor& v, const Batch& batch,
-                                  std::optional<double> scale) {
-  DenseAttentionParams params;
-  params.q = inputs.view("q", q);
-  params.k = inputs.view(k_name, k);
-  params.v = inputs.view(v_name, v);
-  params.batch = batch;
-  params.scale = scale;
-  return params;
-}
-
-TensorPair sparse_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
-                                const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size,
-                                std::optional<double> scale, const OptionalTensor& query_positions) {
-  constexpr const char* op = "sparse_attention";
-  check_value_dim(op, "v", v);
-  auto [out, lse] =
-      sparse_attention_meta(q, k, v, blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale, query_positions);
+TensorPair attention(bool computes, const AttentionArguments& arguments) {
+  const auto& [op, q, k, v, blocks, layout, block_size, scale] = arguments;
+  arguments.check();
+  if (computes) {  // before `out` is allocated
+    TORCH_CHECK(v.size(-1) <= kMaxHeadDim, op, ": ", layout.name("v"), ": ", describe_tensor(v), ": head dimension ",
+                v.size(-1), " must be at most ", kMaxHeadDim);
+  }
+  const Tensor out = at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(-1)}, q.options());
+  const Tensor lse = at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(at::kFloat));
+  if (!computes) return {out, lse};
   Inputs inputs(op);
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  const SparseAttentionParams params = sparse_params(inputs, q, "k", k, "v", v, blocks, batch, block_size, scale);
-  const TensorView out_view = output_view(out);
-  const TensorView lse_view = output_view(lse);
-  call_library(op, [&](const Context& context) { msa::sparse_attention(context, params, out_view, lse_view); });
+  arguments.call(inputs, [&](const Context& context, const auto& params) {
+    run_attention(context, params, output_view(out), output_view(lse));
+  });
   return {out, lse};
 }
 
-TensorPair sparse_attention_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                      const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
-                                      const Tensor& seqlens_k, std::int64_t block_size, std::optional<double> scale,
-                                      const OptionalTensor& query_positions) {
-  constexpr const char* op = "sparse_attention_paged";
-  check_value_dim(op, "v_pages", v_pages);
-  auto [out, lse] = sparse_attention_paged_meta(q, k_pages, v_pages, blocks, cu_seqlens_q, page_table, seqlens_k,
-                                                block_size, scale, query_positions);
-  Inputs inputs(op);
-  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
-  const SparseAttentionParams params =
-      sparse_params(inputs, q, "k_pages", k_pages, "v_pages", v_pages, blocks, batch, block_size, scale);
-  const TensorView out_view = output_view(out);
-  const TensorView lse_view = output_view(lse);
-  call_library(op, [&](const Context& context) { msa::sparse_attention(context, params, out_view, lse_view); });
-  return {out, lse};
+template <bool computes>
+TensorPair sparse_attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
+                                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size,
+                                   std::optional<double> scale, const OptionalTensor& query_positions) {
+  return attention(computes, {"sparse_attention", q, k, v, &blocks,
+                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, scale});
 }
 
-TensorPair dense_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                               const Tensor& cu_seqlens_k, std::optional<double> scale,
-                               const OptionalTensor& query_positions) {
-  constexpr const char* op = "dense_attention";
-  check_value_dim(op, "v", v);
-  auto [out, lse] = dense_attention_meta(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, query_positions);
-  Inputs inputs(op);
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  const DenseAttentionParams params = dense_params(inputs, q, "k", k, "v", v, batch, scale);
-  const TensorView out_view = output_view(out);
-  const TensorView lse_view = output_view(lse);
-  call_library(op, [&](const Context& context) { msa::dense_attention(context, params, out_view, lse_view); });
-  return {out, lse};
+template <bool computes>
+TensorPair sparse_attention_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                         const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
+                                         const Tensor& seqlens_k, std::int64_t block_size, std::optional<double> scale,
+                                         const OptionalTensor& query_positions) {
+  return attention(computes, {"sparse_attention_paged", q, k_pages, v_pages, &blocks,
+                              Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, scale});
 }
 
-TensorPair dense_attention_paged_cpu(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                     const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
-                                     std::optional<double> scale, const OptionalTensor& query_positions) {
-  constexpr const char* op = "dense_attention_paged";
-  check_value_dim(op, "v_pages", v_pages);
-  auto [out, lse] =
-      dense_attention_paged_meta(q, k_pages, v_pages, cu_seqlens_q, page_table, seqlens_k, scale, query_positions);
-  Inputs inputs(op);
-  const Batch batch = inputs.paged(cu_seqlens_q, page_table, seqlens_k, query_positions);
-  const DenseAttentionParams params = dense_params(inputs, q, "k_pages", k_pages, "v_pages", v_pages, batch, scale);
-  const TensorView out_view = output_view(out);
-  const TensorView lse_view = output_view(lse);
-  call_library(op, [&](const Context& context) { msa::dense_attention(context, params, out_view, lse_view); });
-  return {out, lse};
+template <bool computes>
+TensorPair dense_attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                  const Tensor& cu_seqlens_k, std::optional<double> scale,
+                                  const OptionalTensor& query_positions) {
+  return attention(computes, {"dense_attention", q, k, v, nullptr,
+                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), 0, scale});
 }
 
-TensorTriple sparse_attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
-                                            const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                                            const Tensor&, const Tensor&, const Tensor&, std::int64_t,
-                                            std::optional<double>, const OptionalTensor&) {
-  return make_attention_grads(q, k, v);
-}
-
-TensorTriple dense_attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
-                                           const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                                           const Tensor&, const Tensor&, std::optional<double>, const OptionalTensor&) {
-  return make_attention_grads(q, k, v);
+template <bool computes>
+TensorPair dense_attention_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                        const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
+                                        std::optional<double> scale, const OptionalTensor& query_positions) {
+  return attention(computes, {"dense_attention_paged", q, k_pages, v_pages, nullptr,
+                              Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), 0, scale});
 }
 
 AttentionSaved attention_saved(const char* op, Inputs& inputs, const OptionalTensor& dout, const OptionalTensor& dlse,
@@ -537,44 +463,43 @@ AttentionSaved attention_saved(const char* op, Inputs& inputs, const OptionalTen
   return saved;
 }
 
-TensorTriple sparse_attention_backward_cpu(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
-                                           const Tensor& k, const Tensor& v, const Tensor& blocks, const Tensor& out,
-                                           const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                           std::int64_t block_size, std::optional<double> scale,
-                                           const OptionalTensor& query_positions) {
-  constexpr const char* op = "sparse_attention_backward";
-  check_float(op, "q", q, 3);
-  check_float(op, "k", k, 3);
-  check_float(op, "v", v, 3);
-  check_int32(op, "blocks", blocks, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
-  auto [dq, dk, dv] = make_attention_grads(q, k, v);
+TensorTriple attention_backward(bool computes, const AttentionArguments& arguments, const OptionalTensor& dout,
+                                const OptionalTensor& dlse, const Tensor& out, const Tensor& lse) {
+  const auto& [op, q, k, v, blocks, layout, block_size, scale] = arguments;
+  if (computes) arguments.check();
+  const Tensor dq = at::empty_symint(q.sym_sizes(), q.options());
+  const Tensor dk = at::empty_symint(k.sym_sizes(), k.options());
+  const Tensor dv = at::empty_symint(v.sym_sizes(), v.options());
+  if (!computes) return {dq, dk, dv};
   Inputs inputs(op);
   const AttentionSaved saved = attention_saved(op, inputs, dout, dlse, out, lse);
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  const SparseAttentionParams params = sparse_params(inputs, q, "k", k, "v", v, blocks, batch, block_size, scale);
-  const AttentionGrads grads{output_view(dq), output_view(dk), output_view(dv)};
-  call_library(op, [&](const Context& context) { msa::sparse_attention_backward(context, params, saved, grads); });
+  arguments.call(inputs, [&](const Context& context, const auto& params) {
+    run_backward(context, params, saved, {output_view(dq), output_view(dk), output_view(dv)});
+  });
   return {dq, dk, dv};
 }
 
-TensorTriple dense_attention_backward_cpu(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
-                                          const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                          std::optional<double> scale, const OptionalTensor& query_positions) {
-  constexpr const char* op = "dense_attention_backward";
-  check_float(op, "q", q, 3);
-  check_float(op, "k", k, 3);
-  check_float(op, "v", v, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
-  auto [dq, dk, dv] = make_attention_grads(q, k, v);
-  Inputs inputs(op);
-  const AttentionSaved saved = attention_saved(op, inputs, dout, dlse, out, lse);
-  const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
-  const DenseAttentionParams params = dense_params(inputs, q, "k", k, "v", v, batch, scale);
-  const AttentionGrads grads{output_view(dq), output_view(dk), output_view(dv)};
-  call_library(op, [&](const Context& context) { msa::dense_attention_backward(context, params, saved, grads); });
-  return {dq, dk, dv};
+template <bool computes>
+TensorTriple sparse_attention_backward_kernel(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                              const Tensor& k, const Tensor& v, const Tensor& blocks, const Tensor& out,
+                                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                              std::int64_t block_size, std::optional<double> scale,
+                                              const OptionalTensor& query_positions) {
+  return attention_backward(computes,
+                            {"sparse_attention_backward", q, k, v, &blocks,
+                             Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, scale},
+                            dout, dlse, out, lse);
+}
+
+template <bool computes>
+TensorTriple dense_attention_backward_kernel(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                             std::optional<double> scale, const OptionalTensor& query_positions) {
+  return attention_backward(computes,
+                            {"dense_attention_backward", q, k, v, nullptr,
+                             Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), 0, scale},
+                            dout, dlse, out, lse);
 }
 
 // ---- index_kl ----
@@ -592,7 +517,7 @@ void check_index_kl(const char* op, const Tensor& q_idx, const Tensor& k_idx, co
   check_float(op, "q", q, 3);
   check_float(op, "k", k, 3);
   if (blocks) check_int32(op, "blocks", *blocks, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions).check(op);
   parse_teacher(op, teacher);
 }
 
@@ -614,24 +539,19 @@ IndexKlParams index_kl_params(Inputs& inputs, const char* op, const Tensor& q_id
   return params;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_meta(
-    const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
-    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t, std::optional<double>, std::optional<double>,
-    std::string_view teacher, const OptionalTensor& query_positions) {
-  check_index_kl("index_kl", q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
-  const auto options = q.options().dtype(at::kFloat);
-  return {at::empty({}, options), at::empty_symint({q.sym_size(0), q.sym_size(1)}, options),
-          at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options),
-          at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_cpu(
+template <bool computes>
+std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_kernel(
     const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
     std::optional<double> scale, std::string_view teacher, const OptionalTensor& query_positions) {
   constexpr const char* op = "index_kl";
-  auto [kl, lse_main, lse_index, teacher_norm] = index_kl_forward_meta(
-      q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, index_scale, scale, teacher, query_positions);
+  check_index_kl(op, q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
+  const auto options = q.options().dtype(at::kFloat);
+  const Tensor kl = at::empty({}, options);
+  const Tensor lse_main = at::empty_symint({q.sym_size(0), q.sym_size(1)}, options);
+  const Tensor lse_index = at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options);
+  const Tensor teacher_norm = at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options);
+  if (!computes) return {kl, lse_main, lse_index, teacher_norm};
   Inputs inputs(op);
   const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
   const IndexKlParams params =
@@ -642,43 +562,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_cpu(
   return {kl, lse_main, lse_index, teacher_norm};
 }
 
-Tensor index_kl_meta(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
-                     const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                     std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
-                     std::string_view teacher, const OptionalTensor& query_positions) {
-  return std::get<0>(index_kl_forward_meta(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size,
-                                           index_scale, scale, teacher, query_positions));
+template <bool computes>
+Tensor index_kl_kernel(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
+                       const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                       std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
+                       std::string_view teacher, const OptionalTensor& query_positions) {
+  return std::get<0>(index_kl_forward_kernel<computes>(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k,
+                                                       block_size, index_scale, scale, teacher, query_positions));
 }
 
-Tensor index_kl_cpu(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
-                    const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                    std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
-                    std::string_view teacher, const OptionalTensor& query_positions) {
-  return std::get<0>(index_kl_forward_cpu(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size,
-                                          index_scale, scale, teacher, query_positions));
-}
-
-TensorPair index_kl_backward_meta(const Tensor&, const Tensor& q_idx, const Tensor& k_idx, const Tensor&, const Tensor&,
-                                  const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                  const Tensor&, std::int64_t, std::optional<double>, std::optional<double>,
-                                  std::string_view, const OptionalTensor&) {
-  return {at::empty_symint(q_idx.sym_sizes(), q_idx.options()), at::empty_symint(k_idx.sym_sizes(), k_idx.options())};
-}
-
-TensorPair index_kl_backward_cpu(const Tensor& grad_output, const Tensor& q_idx, const Tensor& k_idx, const Tensor& q,
-                                 const Tensor& k, const OptionalTensor& blocks, const Tensor& lse_main,
-                                 const Tensor& lse_index, const Tensor& teacher_norm, const Tensor& cu_seqlens_q,
-                                 const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
-                                 std::optional<double> scale, std::string_view teacher,
-                                 const OptionalTensor& query_positions) {
+template <bool computes>
+TensorPair index_kl_backward_kernel(const Tensor& grad_output, const Tensor& q_idx, const Tensor& k_idx,
+                                    const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
+                                    const Tensor& lse_main, const Tensor& lse_index, const Tensor& teacher_norm,
+                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size,
+                                    std::optional<double> index_scale, std::optional<double> scale,
+                                    std::string_view teacher, const OptionalTensor& query_positions) {
   constexpr const char* op = "index_kl_backward";
+  Tensor dq_idx = at::empty_symint(q_idx.sym_sizes(), q_idx.options());
+  Tensor dk_idx = at::empty_symint(k_idx.sym_sizes(), k_idx.options());
+  if (!computes) return {dq_idx, dk_idx};
   check_index_kl(op, q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
   TORCH_CHECK(grad_output.numel() == 1, op, ": grad_output: ", describe_tensor(grad_output), " must be a scalar");
   check_float(op, "lse_main", lse_main, 2);
   check_float(op, "lse_index", lse_index, 2);
   check_float(op, "teacher_norm", teacher_norm, 2);
-  Tensor dq_idx = at::empty(q_idx.sizes(), q_idx.options());
-  Tensor dk_idx = at::empty(k_idx.sizes(), k_idx.options());
   Inputs inputs(op);
   const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
   const IndexKlParams params =
@@ -697,24 +605,18 @@ TensorPair index_kl_backward_cpu(const Tensor& grad_output, const Tensor& q_idx,
 
 // ---- selection_recall ----
 
-TensorPair selection_recall_meta(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
-                                 const Tensor& cu_seqlens_k, std::int64_t, std::optional<double>,
-                                 const OptionalTensor& query_positions) {
+template <bool computes>
+TensorPair selection_recall_kernel(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
+                                   const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> scale,
+                                   const OptionalTensor& query_positions) {
   constexpr const char* op = "selection_recall";
   check_float(op, "q", q, 3);
   check_float(op, "k", k, 3);
   check_int32(op, "blocks", blocks, 3);
-  check_packed(op, cu_seqlens_q, cu_seqlens_k, query_positions);
+  Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions).check(op);
   const auto options = q.options().dtype(at::kFloat);
-  return {at::empty({}, options), at::empty({}, options)};
-}
-
-TensorPair selection_recall_cpu(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
-                                const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> scale,
-                                const OptionalTensor& query_positions) {
-  constexpr const char* op = "selection_recall";
-  auto [block_recall, score_recall] =
-      selection_recall_meta(q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size, scale, query_positions);
+  const Tensor block_recall = at::empty({}, options), score_recall = at::empty({}, options);
+  if (!computes) return {block_recall, score_recall};
   Inputs inputs(op);
   SelectionRecallParams params;
   params.q = inputs.view("q", q);
@@ -738,6 +640,25 @@ void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
 }
 
 std::string version_string() { return version(); }
+
+template <bool computes>
+void register_kernels(torch::Library& m) {
+  m.impl("select_blocks", select_blocks_kernel<computes>);
+  m.impl("topk_blocks", topk_blocks_kernel<computes>);
+  m.impl("select_blocks_oracle", select_blocks_oracle_kernel<computes>);
+  m.impl("sparse_attention", sparse_attention_kernel<computes>);
+  m.impl("dense_attention", dense_attention_kernel<computes>);
+  m.impl("index_kl", index_kl_kernel<computes>);
+  m.impl("selection_recall", selection_recall_kernel<computes>);
+  m.impl("select_blocks_paged", select_blocks_paged_kernel<computes>);
+  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_kernel<computes>);
+  m.impl("sparse_attention_paged", sparse_attention_paged_kernel<computes>);
+  m.impl("dense_attention_paged", dense_attention_paged_kernel<computes>);
+  m.impl("sparse_attention_backward", sparse_attention_backward_kernel<computes>);
+  m.impl("dense_attention_backward", dense_attention_backward_kernel<computes>);
+  m.impl("_index_kl_forward", index_kl_forward_kernel<computes>);
+  m.impl("_index_kl_backward", index_kl_backward_kernel<computes>);
+}
 
 constexpr const char* kOps[] = {
     "select_blocks",
@@ -830,41 +751,8 @@ TORCH_LIBRARY(msa, m) {
   m.def("version() -> str", version_string);
 }
 
-TORCH_LIBRARY_IMPL(msa, CPU, m) {
-  m.impl("select_blocks", select_blocks_cpu);
-  m.impl("topk_blocks", topk_blocks_cpu);
-  m.impl("select_blocks_oracle", select_blocks_oracle_cpu);
-  m.impl("sparse_attention", sparse_attention_cpu);
-  m.impl("dense_attention", dense_attention_cpu);
-  m.impl("index_kl", index_kl_cpu);
-  m.impl("selection_recall", selection_recall_cpu);
-  m.impl("select_blocks_paged", select_blocks_paged_cpu);
-  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_cpu);
-  m.impl("sparse_attention_paged", sparse_attention_paged_cpu);
-  m.impl("dense_attention_paged", dense_attention_paged_cpu);
-  m.impl("sparse_attention_backward", sparse_attention_backward_cpu);
-  m.impl("dense_attention_backward", dense_attention_backward_cpu);
-  m.impl("_index_kl_forward", index_kl_forward_cpu);
-  m.impl("_index_kl_backward", index_kl_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(msa, Meta, m) {
-  m.impl("select_blocks", select_blocks_meta);
-  m.impl("topk_blocks", topk_blocks_meta);
-  m.impl("select_blocks_oracle", select_blocks_oracle_meta);
-  m.impl("sparse_attention", sparse_attention_meta);
-  m.impl("dense_attention", dense_attention_meta);
-  m.impl("index_kl", index_kl_meta);
-  m.impl("selection_recall", selection_recall_meta);
-  m.impl("select_blocks_paged", select_blocks_paged_meta);
-  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_meta);
-  m.impl("sparse_attention_paged", sparse_attention_paged_meta);
-  m.impl("dense_attention_paged", dense_attention_paged_meta);
-  m.impl("sparse_attention_backward", sparse_attention_backward_meta);
-  m.impl("dense_attention_backward", dense_attention_backward_meta);
-  m.impl("_index_kl_forward", index_kl_forward_meta);
-  m.impl("_index_kl_backward", index_kl_backward_meta);
-}
+TORCH_LIBRARY_IMPL(msa, CPU, m) { register_kernels<true>(m); }
+TORCH_LIBRARY_IMPL(msa, Meta, m) { register_kernels<false>(m); }
 
 TORCH_LIBRARY_IMPL(msa, CUDA, m) {
   for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
