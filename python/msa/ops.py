@@ -25,7 +25,8 @@ Rules they share:
 In the notes on cost, Lk is what a row sees and G the group size.
 """
 
-from typing import Optional, Tuple
+import re
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -203,8 +204,8 @@ def dense_attention(
         scale: of the scores; 1/sqrt(head_dim) when None.
 
     Returns:
-        (out [Tq, query_heads, value_dim] in q's dtype, lse float32 [Tq, query_heads], natural log), both differentiable
-        in q, k and v.
+        (out [Tq, query_heads, value_dim] in q's dtype, lse float32 [Tq, query_heads], natural log). Both are
+        differentiable in q, k and v.
 
     Costs Lk * (head_dim + value_dim) multiply-adds a head and row; memory does not grow with Lk.
 
@@ -313,6 +314,34 @@ def selection_recall(
     )
 
 
+# ---- The paged forms ----
+
+_PAGED_ARGUMENTS = """
+        page_table: int32 [B, max_pages]: the pages of each sequence in order, -1 (never read) behind them. A page is
+            block_size tokens or a multiple of it; dense attention takes any size.
+        seqlens_k: int32 [B], the keys of each sequence.
+"""
+
+
+def _paged_form_of(packed: Callable) -> Callable:
+    """Documents an operator on paged keys with the words of the packed one: [pages, page, ...] stands for [Tk, ...], and there
+    is no way back. An example of its own comes last."""
+
+    def document(function: Callable) -> Callable:
+        text = (packed.__doc__ or "").split("    >>>")[0]  # that example is of packed keys
+        text = re.sub(r"(\w+): \[Tk, ", r"\1_pages: [pages, page, ", text)
+        text = re.sub(r"\s[^.]*[Dd]ifferentiable[^.]*\.", "", text)
+        text = text.replace("\n\n    Returns:", _PAGED_ARGUMENTS + "\n    Returns:")
+        function.__doc__ = (
+            f"`{packed.__name__}` on keys that lie in pages; equal to it bit for bit. It has no backward: asking for a gradient\n"
+            f"    raises.\n\n    {text.rstrip()}\n\n    {function.__doc__ or ''}"
+        )
+        return function
+
+    return document
+
+
+@_paged_form_of(select_blocks)
 def select_blocks_paged(
     q_idx: Tensor,
     k_idx_pages: Tensor,
@@ -326,18 +355,7 @@ def select_blocks_paged(
     *,
     query_positions: Optional[Tensor] = None,
 ) -> Tensor:
-    """`select_blocks` on keys that lie in pages; equal to it bit for bit.
-
-    Args:
-        q_idx: [Tq, kv_heads, index_dim].
-        k_idx_pages: [pages, page, index_dim]; page is block_size or a multiple of it.
-        page_table: int32 [B, max_pages]: the pages of each sequence in order, -1 (never read) behind them.
-        seqlens_k: int32 [B], the keys of each sequence.
-
-    Returns:
-        int32 [kv_heads, Tq, topk]. Not differentiable.
-
-    >>> cu = torch.tensor([0, 32], dtype=torch.int32)
+    """>>> cu = torch.tensor([0, 32], dtype=torch.int32)
     >>> q_idx, k_idx = torch.randn(32, 2, 16), torch.randn(32, 16)
     >>> table, seqlens_k = torch.tensor([[0, 1, -1]], dtype=torch.int32), torch.tensor([32], dtype=torch.int32)
     >>> paged = select_blocks_paged(q_idx, k_idx.view(2, 16, 16), cu, table, seqlens_k, 16, topk=1)
@@ -358,6 +376,7 @@ def select_blocks_paged(
     )
 
 
+@_paged_form_of(select_blocks_oracle)
 def select_blocks_oracle_paged(
     q: Tensor,
     k_pages: Tensor,
@@ -372,17 +391,6 @@ def select_blocks_oracle_paged(
     *,
     query_positions: Optional[Tensor] = None,
 ) -> Tensor:
-    """`select_blocks_oracle` on keys that lie in pages; equal to it bit for bit.
-
-    Args:
-        q: [Tq, query_heads, head_dim].
-        k_pages: [pages, page, kv_heads, head_dim]; page is block_size or a multiple of it.
-        page_table: int32 [B, max_pages], -1 behind a sequence's pages.
-        seqlens_k: int32 [B].
-
-    Returns:
-        int32 [kv_heads, Tq, topk]. Not differentiable.
-    """
     return torch.ops.msa.select_blocks_oracle_paged(
         q,
         k_pages,
@@ -398,6 +406,7 @@ def select_blocks_oracle_paged(
     )
 
 
+@_paged_form_of(sparse_attention)
 def sparse_attention_paged(
     q: Tensor,
     k_pages: Tensor,
@@ -411,20 +420,6 @@ def sparse_attention_paged(
     *,
     query_positions: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """`sparse_attention` on keys and values that lie in pages; equal to it bit for bit. It has no backward: asking for a
-    gradient raises.
-
-    Args:
-        q: [Tq, query_heads, head_dim].
-        k_pages: [pages, page, kv_heads, head_dim]; page is block_size or a multiple of it.
-        v_pages: [pages, page, kv_heads, value_dim].
-        blocks: int32 [kv_heads, Tq, topk].
-        page_table: int32 [B, max_pages], -1 behind a sequence's pages.
-        seqlens_k: int32 [B].
-
-    Returns:
-        (out [Tq, query_heads, value_dim] in q's dtype, lse float32 [Tq, query_heads]).
-    """
     return torch.ops.msa.sparse_attention_paged(
         q,
         k_pages,
@@ -439,6 +434,7 @@ def sparse_attention_paged(
     )
 
 
+@_paged_form_of(dense_attention)
 def dense_attention_paged(
     q: Tensor,
     k_pages: Tensor,
@@ -450,19 +446,6 @@ def dense_attention_paged(
     *,
     query_positions: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """`dense_attention` on keys and values that lie in pages; equal to it bit for bit. It has no backward: asking for a
-    gradient raises.
-
-    Args:
-        q: [Tq, query_heads, head_dim].
-        k_pages: [pages, page, kv_heads, head_dim], of any page size.
-        v_pages: [pages, page, kv_heads, value_dim].
-        page_table: int32 [B, max_pages], -1 behind a sequence's pages.
-        seqlens_k: int32 [B].
-
-    Returns:
-        (out [Tq, query_heads, value_dim] in q's dtype, lse float32 [Tq, query_heads]).
-    """
     return torch.ops.msa.dense_attention_paged(
         q, k_pages, v_pages, cu_seqlens_q, page_table, seqlens_k, scale, query_positions=query_positions
     )
