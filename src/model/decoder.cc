@@ -6,7 +6,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/GradMode.h>
 
-#include <chrono>
 #include <limits>
 #include <map>
 #include <span>
@@ -16,20 +15,13 @@
 #include "src/model/checkpoint.h"
 #include "src/model/decoder_attention.h"
 #include "src/model/decoder_math.h"
+#include "src/model/linear.h"
+#include "src/model/stopwatch.h"
 
 namespace msa::model {
 namespace {
 
 using files::ModelConfig;
-
-struct Linear {
-  const at::Tensor* weight = nullptr;
-  const at::Tensor* bias = nullptr;
-
-  at::Tensor operator()(const at::Tensor& x) const {
-    return bias != nullptr ? at::linear(x, *weight, *bias) : at::linear(x, *weight);
-  }
-};
 
 // One layer's parameters; null where the model has none.
 struct Layer {
@@ -48,14 +40,6 @@ struct Layer {
   const at::Tensor* experts_down = nullptr;
 
   bool has_index() const { return index_q.weight != nullptr; }
-};
-
-class Stopwatch {
- public:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
 void check_tokens(const at::Tensor& tokens, const ModelConfig& config) {
@@ -142,8 +126,9 @@ struct Decoder::Impl {
   AttentionPlan plan(std::int64_t layer, const AttentionOptions& options) const;
   at::Tensor mlp(const Layer& layer, const at::Tensor& x) const;
   const Layer& index_layer(std::int64_t layer) const;
-  at::Tensor index_queries(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const;
-  at::Tensor index_keys(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const;
+  // From the projections to what the operators take.
+  at::Tensor index_queries(const Layer& layer, const at::Tensor& projected, const RopeTable& rope) const;
+  at::Tensor index_keys(const Layer& layer, const at::Tensor& projected, const RopeTable& rope) const;
   ForwardResult run(const at::Tensor& tokens, const Pass& pass, const ForwardOptions& options) const;
 };
 
@@ -221,18 +206,21 @@ AttentionPlan Decoder::Impl::plan(std::int64_t layer, const AttentionOptions& op
 
 at::Tensor Decoder::Impl::mlp(const Layer& layer, const at::Tensor& x) const {
   const double alpha = config.swiglu_alpha, limit = config.swiglu_limit;
-  if (layer.gate.weight != nullptr) return layer.down(gated_silu(layer.gate(x), layer.up(x)));
+  if (layer.gate.weight != nullptr) {
+    const auto [gate, up] = apply_layers(x, std::array<const Linear*, 2>{&layer.gate, &layer.up});
+    return layer.down(gated_silu(gate, up));
+  }
   if (layer.gate_up.weight != nullptr) return layer.down(clamped_swiglu(layer.gate_up(x), alpha, limit));
   const ExpertWeights experts = {*layer.router.weight, *layer.choice_bias, *layer.experts_gate_up, *layer.experts_down};
   return routed_experts(x, experts, config) + layer.shared_down(clamped_swiglu(layer.shared_gate_up(x), alpha, limit));
 }
 
-at::Tensor Decoder::Impl::index_queries(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const {
-  return heads(layer.index_q(x), layer.index_q_norm, rope, config.index_head_dim, config.index_rope_tiles);
+at::Tensor Decoder::Impl::index_queries(const Layer& layer, const at::Tensor& projected, const RopeTable& rope) const {
+  return heads(projected, layer.index_q_norm, rope, config.index_head_dim, config.index_rope_tiles);
 }
 
-at::Tensor Decoder::Impl::index_keys(const Layer& layer, const at::Tensor& x, const RopeTable& rope) const {
-  return heads(layer.index_k(x), layer.index_k_norm, rope, config.index_head_dim, config.index_rope_tiles).squeeze(1);
+at::Tensor Decoder::Impl::index_keys(const Layer& layer, const at::Tensor& projected, const RopeTable& rope) const {
+  return heads(projected, layer.index_k_norm, rope, config.index_head_dim, config.index_rope_tiles).squeeze(1);
 }
 
 ForwardResult Decoder::Impl::run(const at::Tensor& tokens, const Pass& pass, const ForwardOptions& options) const {
@@ -254,14 +242,22 @@ ForwardResult Decoder::Impl::run(const at::Tensor& tokens, const Pass& pass, con
 
     const at::Tensor x = norm(hidden, layer.input_norm);
     AttentionInputs inputs;
-    inputs.q = heads(layer.q(x), layer.q_norm, rope, config.head_dim, 1);
-    inputs.k = heads(layer.k(x), layer.k_norm, rope, config.head_dim, 1);
-    inputs.v = layer.v(x).view({x.size(0), config.num_key_value_heads, config.head_dim});
-    if (needs_index_queries || caches_index) {
-      const at::Tensor index_x = options.detach_index ? x.detach() : x;
-      inputs.k_idx = index_keys(layer, index_x, rope);
-      if (needs_index_queries) inputs.q_idx = index_queries(layer, index_x, rope);
+    const Linear* const index_q = needs_index_queries ? &layer.index_q : nullptr;
+    const Linear* const index_k = needs_index_queries || caches_index ? &layer.index_k : nullptr;
+    const bool apart = options.detach_index && x.requires_grad();
+    auto [q, k, v, q_idx, k_idx] =
+        apply_layers(x, std::array<const Linear*, 5>{&layer.q, &layer.k, &layer.v, apart ? nullptr : index_q,
+                                                     apart ? nullptr : index_k});
+    if (apart) {
+      const auto index = apply_layers(x.detach(), std::array<const Linear*, 2>{index_q, index_k});
+      q_idx = index[0];
+      k_idx = index[1];
     }
+    inputs.q = heads(q, layer.q_norm, rope, config.head_dim, 1);
+    inputs.k = heads(k, layer.k_norm, rope, config.head_dim, 1);
+    inputs.v = v.view({x.size(0), config.num_key_value_heads, config.head_dim});
+    if (q_idx.defined()) inputs.q_idx = index_queries(layer, q_idx, rope);
+    if (k_idx.defined()) inputs.k_idx = index_keys(layer, k_idx, rope);
     inputs.batch = pass.batch;
     inputs.cu_seqlens = pass.cu_seqlens;
     if (pass.cache != nullptr) {
@@ -449,7 +445,7 @@ cache::CacheShape Decoder::cache_shape(std::int64_t page_size, bool with_index_k
 
 at::Tensor Decoder::logits(const at::Tensor& hidden) const {
   const char* const head = impl_->config.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
-  return at::linear(hidden, impl_->parameters.at(head)).to(at::kFloat);
+  return Linear{&impl_->parameters.at(head)}(hidden).to(at::kFloat);
 }
 
 const Layer& Decoder::Impl::index_layer(std::int64_t layer) const {
@@ -465,11 +461,13 @@ std::pair<at::Tensor, at::Tensor> Decoder::index_branch(std::int64_t layer, cons
 }
 
 at::Tensor Decoder::index_queries(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const {
-  return impl_->index_queries(impl_->index_layer(layer), x, make_rope_table(impl_->config.rope, positions));
+  const Layer& at = impl_->index_layer(layer);
+  return impl_->index_queries(at, at.index_q(x), make_rope_table(impl_->config.rope, positions));
 }
 
 at::Tensor Decoder::index_keys(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const {
-  return impl_->index_keys(impl_->index_layer(layer), x, make_rope_table(impl_->config.rope, positions));
+  const Layer& at = impl_->index_layer(layer);
+  return impl_->index_keys(at, at.index_k(x), make_rope_table(impl_->config.rope, positions));
 }
 
 }  // namespace msa::model

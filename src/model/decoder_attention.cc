@@ -13,6 +13,7 @@
 #include "msa/attention.h"
 #include "msa/error.h"
 #include "msa/select_blocks.h"
+#include "src/model/linear.h"
 
 namespace msa::model {
 namespace {
@@ -66,12 +67,6 @@ at::Tensor choose_window(const AttentionPlan& plan, const AttentionInputs& input
   }
   for (std::int64_t head = 1; head < heads; ++head) blocks.select(0, head).copy_(blocks.select(0, 0));
   return blocks;
-}
-
-bool wants_grad(std::initializer_list<const at::Tensor*> tensors) {
-  return c10::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor* tensor) {
-           return tensor->defined() && tensor->requires_grad();
-         });
 }
 
 }  // namespace

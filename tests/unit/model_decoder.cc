@@ -330,6 +330,34 @@ TEST(Decoder, RefusesBadInput) {
   EXPECT_THROW(parse_attention_mode("full"), Error);
 }
 
+// What autograd does not record is one pass over memory; it must be the same function.
+TEST(DecoderMath, OnePassEqualsTheRecordedForm) {
+  files::RopeConfig rope;
+  rope.rotary_dim = 12;
+  const RopeTable table = make_rope_table(rope, at::arange(7, 40, at::kLong));
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    const double rounding = type == at::kFloat ? 1e-6 : 8e-3;  // of the largest value: a few roundings, one of bfloat16
+    at::Tensor x = at::randn({33, 2, 37}).to(type), weight = at::randn({37}).to(type);
+    at::Tensor heads = at::randn({33, 3, 2 * 16}).to(type);
+    for (const bool gemma : {false, true}) {
+      x.requires_grad_(true);
+      const at::Tensor expected = rms_norm(x, weight, 1e-5, gemma);
+      ASSERT_TRUE(expected.requires_grad());
+      x.requires_grad_(false);
+      const at::Tensor actual = rms_norm(x, weight, 1e-5, gemma);
+      EXPECT_EQ(actual.scalar_type(), type);
+      EXPECT_LE(relative_error(actual.to(at::kFloat), expected.detach().to(at::kFloat)), rounding);
+      EXPECT_TRUE(at::equal(rms_norm(x.narrow(0, 5, 1), weight, 1e-5, gemma)[0], actual[5]));  // whatever the chunk
+    }
+    heads.requires_grad_(true);
+    const at::Tensor expected = apply_rope(heads, table, 2).detach();
+    heads.requires_grad_(false);
+    const at::Tensor actual = apply_rope(heads, table, 2);
+    EXPECT_EQ(actual.scalar_type(), type);
+    EXPECT_LE(relative_error(actual.to(at::kFloat), expected.to(at::kFloat)), rounding);
+  }
+}
+
 TEST(DecoderMath, RopeTurnsEveryTileAlike) {
   files::RopeConfig rope;
   rope.rotary_dim = 4;
