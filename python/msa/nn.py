@@ -38,15 +38,20 @@ def apply_rope(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Ten
 
 
 class Indexer(nn.Module):
-    """The index branch: one query head a group, one key head shared by all groups."""
+    """The index branch: one query head a group, one key head shared by all groups; with `value_dim`, one value head too."""
 
-    def __init__(self, hidden_size: int, kv_heads: int, index_dim: int, norm: bool, norm_eps: float, **factory):
+    def __init__(
+        self, hidden_size: int, kv_heads: int, index_dim: int, norm: bool, norm_eps: float, value_dim: int = 0, **factory
+    ):
         super().__init__()
         self.kv_heads, self.index_dim = kv_heads, index_dim
         self.q_proj = nn.Linear(hidden_size, kv_heads * index_dim, bias=False, **factory)
         self.k_proj = nn.Linear(hidden_size, index_dim, bias=False, **factory)
         self.q_norm = nn.RMSNorm(index_dim, eps=norm_eps, **factory) if norm else nn.Identity()
         self.k_norm = nn.RMSNorm(index_dim, eps=norm_eps, **factory) if norm else nn.Identity()
+        if value_dim > 0:
+            self.v_proj = nn.Linear(hidden_size, value_dim, bias=False, **factory)
+            self.o_proj = nn.Linear(kv_heads * value_dim, hidden_size, bias=False, **factory)
 
     def forward(self, x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tuple[Tensor, Tensor]:
         """x [T, hidden_size] -> (q_idx [T, kv_heads, index_dim], k_idx [T, index_dim])."""
@@ -73,7 +78,10 @@ class SparseAttention(nn.Module):
         bias: of the q, k and v projections.
         stage: "warmup" or "sparse"; may be changed at any time (`layer.stage = "sparse"`).
         teacher: "mean" (the paper's) or "max": see `msa.index_kl`.
-        detach_index_input: cut the gradient from the KL to the input. Off is an ablation.
+        detach_index_input: cut the gradient from the index branch to the input. Off is an ablation.
+        index_value_dim: ablation: values of the index branch, one head of this dimension; its own attention over the same
+            tokens is projected and added to the output. 0: none. A multiple of 16 up to 256.
+        attention_sink: ablation: a learned logit a query head (`sinks`) in the softmax's denominator.
 
     Parameters may be float32, bfloat16 or float16; under autocast everything runs in the autocast dtype.
 
@@ -105,6 +113,8 @@ class SparseAttention(nn.Module):
         stage: str = "sparse",
         teacher: str = "mean",
         detach_index_input: bool = True,
+        index_value_dim: int = 0,
+        attention_sink: bool = False,
         device=None,
         dtype=None,
     ):
@@ -121,6 +131,8 @@ class SparseAttention(nn.Module):
         for name, dim in (("head_dim", head_dim), ("value_dim", value_dim), ("index_dim", index_dim)):
             if dim < 16 or dim > 256 or dim % 16 != 0:
                 raise ValueError(f"{name} = {dim} must be a multiple of 16 from 16 to 256")
+        if index_value_dim < 0 or index_value_dim > 256 or index_value_dim % 16 != 0:
+            raise ValueError(f"index_value_dim = {index_value_dim} must be 0 or a multiple of 16 up to 256")
         if rotary_dim < 0 or rotary_dim % 2 != 0 or rotary_dim > min(head_dim, index_dim):
             raise ValueError(
                 f"rotary_dim = {rotary_dim} must be even, and at most head_dim = {head_dim} and index_dim = {index_dim}"
@@ -133,6 +145,7 @@ class SparseAttention(nn.Module):
         self.block_size, self.topk = block_size, topk
         self.local_blocks, self.init_blocks = local_blocks, init_blocks
         self.teacher, self.detach_index_input = teacher, detach_index_input
+        self.index_value_dim = index_value_dim
         self.stage = self._checked_stage(stage)
         self.q_proj = nn.Linear(hidden_size, query_heads * head_dim, bias=bias, **factory)
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias, **factory)
@@ -140,7 +153,8 @@ class SparseAttention(nn.Module):
         self.o_proj = nn.Linear(query_heads * value_dim, hidden_size, bias=False, **factory)
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps, **factory) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps, **factory) if qk_norm else nn.Identity()
-        self.indexer = Indexer(hidden_size, kv_heads, index_dim, index_norm, norm_eps, **factory)
+        self.indexer = Indexer(hidden_size, kv_heads, index_dim, index_norm, norm_eps, index_value_dim, **factory)
+        self.sinks = nn.Parameter(torch.zeros(query_heads, **factory)) if attention_sink else None
         self._rotary_dim, self._rope_theta = rotary_dim, rope_theta
 
     @staticmethod
@@ -154,6 +168,11 @@ class SparseAttention(nn.Module):
             f"query_heads={self.query_heads}, kv_heads={self.kv_heads}, block_size={self.block_size}, "
             f"topk={self.topk}, stage={self.stage}"
         )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Optional[Tensor], cu_seqlens: Tensor) -> Tuple[Tensor, Tensor]:
+        if blocks is None:
+            return ops.dense_attention(q, k, v, cu_seqlens, cu_seqlens)
+        return ops.sparse_attention(q, k, v, blocks, cu_seqlens, cu_seqlens, self.block_size)
 
     def forward(
         self,
@@ -200,23 +219,32 @@ class SparseAttention(nn.Module):
         k = apply_rope(k, positions, inverse_frequencies).to(v.dtype)
 
         blocks = q_idx = k_idx = kl = recall = None
-        if stage == "sparse" or with_kl or with_recall:
-            index_input = tokens.detach() if self.detach_index_input else tokens
+        index_input = tokens.detach() if self.detach_index_input else tokens
+        if stage == "sparse" or with_kl or with_recall or self.index_value_dim > 0:
             q_idx, k_idx = self.indexer(index_input, positions, inverse_frequencies)
         if stage == "sparse" or with_recall:
             blocks = ops.select_blocks(
                 q_idx, k_idx, cu_seqlens, cu_seqlens, self.block_size, topk, self.local_blocks, self.init_blocks
             )
-        if stage == "sparse":
-            attended, _ = ops.sparse_attention(q, k, v, blocks, cu_seqlens, cu_seqlens, self.block_size)
-        else:
-            attended, _ = ops.dense_attention(q, k, v, cu_seqlens, cu_seqlens)
+        support = blocks if stage == "sparse" else None
+        attended, lse = self._attend(q, k, v, support, cu_seqlens)
+        if self.sinks is not None:
+            attended = attended * torch.sigmoid(lse - self.sinks.float()).unsqueeze(-1).to(attended.dtype)
         if with_kl:
-            support = blocks if stage == "sparse" else None
             kl = ops.index_kl(
                 q_idx, k_idx, q, k, support, cu_seqlens, cu_seqlens, self.block_size, teacher=self.teacher
             )
         if with_recall:
             recall = ops.selection_recall(q, k, blocks, cu_seqlens, cu_seqlens, self.block_size)
-        output = self.o_proj(attended.flatten(-2)).view(x.shape)
+        output = self.o_proj(attended.flatten(-2))
+        if self.index_value_dim > 0:
+            # Every group has blocks of its own, so the one key head is shown to each of them.
+            shown = (-1, 1 if support is None else self.kv_heads, -1)
+            v_idx = self.indexer.v_proj(index_input)
+            q_idx, k_idx = q_idx.to(v_idx.dtype), k_idx.to(v_idx.dtype)
+            of_index, _ = self._attend(
+                q_idx, k_idx.unsqueeze(1).expand(shown), v_idx.unsqueeze(1).expand(shown), support, cu_seqlens
+            )
+            output = output + self.indexer.o_proj(of_index.flatten(-2))
+        output = output.view(x.shape)
         return SparseAttentionOutput(output, kl, recall)

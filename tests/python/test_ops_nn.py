@@ -92,11 +92,12 @@ def test_eval_computes_no_kl_unless_asked():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_and_autocast(dtype):
+@pytest.mark.parametrize("ablations", [{}, {"index_value_dim": 32, "attention_sink": True}])
+def test_low_precision_and_autocast(dtype, ablations):
     x = torch.randn(1, 40, 64)
-    output, kl, _ = make_layer(dtype=dtype, index_norm=True, qk_norm=True)(x.to(dtype))
+    output, kl, _ = make_layer(dtype=dtype, index_norm=True, qk_norm=True, **ablations)(x.to(dtype))
     assert output.dtype == dtype and kl.dtype == torch.float32
-    layer = make_layer(index_norm=True, qk_norm=True)
+    layer = make_layer(index_norm=True, qk_norm=True, **ablations)
     with torch.autocast("cpu", dtype):
         output, kl, _ = layer(x)
     assert output.dtype == dtype
@@ -104,9 +105,10 @@ def test_low_precision_and_autocast(dtype):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_compiles():
+@pytest.mark.parametrize("ablations", [{}, {"index_value_dim": 32, "attention_sink": True}])
+def test_compiles(ablations):
     torch._dynamo.reset()
-    layer = make_layer()
+    layer = make_layer(**ablations)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 40, 64)
     expected, got = layer(x), compiled(x)
@@ -161,3 +163,78 @@ def test_example_trains_a_layer(source_tree):
     first, last = rows[0], [row for row in rows if row[0] == "warmup"][-1]
     assert float(last[2]) < 0.7 * float(first[2])
     assert float(rows[-1][4]) > float(first[4])
+
+
+def naive_output(layer, x, stage, blocks):
+    """The layer's output on one sequence x [T, hidden] by the plain formulas, [queries, keys] tensors and all."""
+    count = x.shape[0]
+    rows = torch.arange(count)
+    frequencies = layer._rope_theta ** -(torch.arange(0, layer._rotary_dim, 2, dtype=torch.float32) / layer._rotary_dim)
+
+    def rope(t):
+        return msa.nn.apply_rope(t, rows, frequencies)
+
+    group = layer.query_heads // layer.kv_heads
+    q = rope(layer.q_proj(x).unflatten(-1, (layer.query_heads, -1)))
+    k = rope(layer.k_proj(x).unflatten(-1, (layer.kv_heads, -1))).repeat_interleave(group, 1)
+    v = layer.v_proj(x).unflatten(-1, (layer.kv_heads, -1)).repeat_interleave(group, 1)
+    sees = (rows[:, None] >= rows[None, :]).expand(layer.kv_heads, count, count)
+    if stage == "sparse":
+        chosen = torch.zeros(layer.kv_heads, count, count, dtype=torch.bool)
+        for r in range(layer.kv_heads):
+            for p in range(count):
+                for block in blocks[r, p].tolist():
+                    if block >= 0:
+                        chosen[r, p, block * layer.block_size : (block + 1) * layer.block_size] = True
+        sees = sees & chosen
+    scores = torch.einsum("qhd,khd->hqk", q, k) / layer.head_dim**0.5
+    scores = scores.masked_fill(~sees.repeat_interleave(group, 0), -torch.inf)
+    if layer.sinks is not None:
+        scores = torch.cat((scores, layer.sinks[:, None, None].expand(-1, count, 1)), -1)
+    share = scores.softmax(-1)[..., :count]
+    output = layer.o_proj(torch.einsum("hqk,khd->qhd", share, v).flatten(1))
+    if layer.index_value_dim > 0:
+        seen = x.detach() if layer.detach_index_input else x
+        q_idx, k_idx = layer.indexer(seen, rows, frequencies)
+        index = torch.einsum("qgd,kd->gqk", q_idx, k_idx) / layer.index_dim**0.5
+        index = index.masked_fill(~sees, -torch.inf).softmax(-1)
+        output = output + layer.indexer.o_proj(torch.einsum("gqk,kd->qgd", index, layer.indexer.v_proj(seen)).flatten(1))
+    return output
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("ablations", [{"index_value_dim": 32}, {"attention_sink": True}, {"index_value_dim": 16, "attention_sink": True}])
+def test_ablations_equal_the_naive_layer(stage, detach, ablations):
+    layer = make_layer(stage=stage, detach_index_input=detach, index_dim=32, **ablations)
+    if layer.sinks is not None:
+        torch.nn.init.uniform_(layer.sinks, -1, 3)
+    count = 70
+    x = torch.randn(count, 64)
+    rows, cu = torch.arange(count), torch.tensor([0, count], dtype=torch.int32)
+    frequencies = layer._rope_theta ** -(torch.arange(0, layer._rotary_dim, 2, dtype=torch.float32) / layer._rotary_dim)
+    q_idx, k_idx = layer.indexer(x, rows, frequencies)
+    blocks = msa.select_blocks(q_idx, k_idx, cu, cu, 16, topk=2)
+    direction, results = torch.randn(count, 64), []
+    for forward in (lambda t: layer(t).output, lambda t: naive_output(layer, t, stage, blocks)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_(True)
+        output = forward(leaf)
+        (output * direction).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+        results.append((output.detach(), leaf.grad, gradients))
+    (output, dx, gradients), (expected, expected_dx, expected_gradients) = results
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dx, expected_dx, atol=1e-4, rtol=1e-3)
+    assert gradients.keys() == expected_gradients.keys()
+    assert ("sinks" in gradients) == (layer.sinks is not None)
+    assert ("indexer.v_proj.weight" in gradients) == (layer.index_value_dim > 0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_ablations_are_off_by_default():
+    names = set(make_layer().state_dict())
+    assert not any("sinks" in name or "indexer.v_proj" in name or "indexer.o_proj" in name for name in names)
+    with pytest.raises(ValueError, match="index_value_dim = 24"):
+        make_layer(index_value_dim=24)
