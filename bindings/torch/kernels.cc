@@ -54,6 +54,12 @@ void check_float(const char* op, const std::string& name, const Tensor& tensor, 
               describe_tensor(tensor), " must be float32, bfloat16 or float16");
 }
 
+/// Keys and values of a forward pass: float8, too; the library holds them against the queries.
+void check_keys(const char* op, const std::string& name, const Tensor& tensor, std::int64_t rank) {
+  check_rank(op, name, tensor, rank);
+  if (tensor.scalar_type() != at::kFloat8_e4m3fn) check_float(op, name, tensor, rank);
+}
+
 void check_int32(const char* op, const std::string& name, const Tensor& tensor, std::int64_t rank) {
   check_rank(op, name, tensor, rank);
   TORCH_CHECK(tensor.scalar_type() == at::kInt, op, ": ", name, ": ", describe_tensor(tensor), " must be int32");
@@ -70,6 +76,7 @@ DType to_dtype(at::ScalarType type) {
     case at::kFloat: return DType::kFloat32;
     case at::kBFloat16: return DType::kBFloat16;
     case at::kHalf: return DType::kFloat16;
+    case at::kFloat8_e4m3fn: return DType::kFloat8E4M3;
     default: return DType::kInt32;  // the checks above leave nothing else
   }
 }
@@ -237,7 +244,7 @@ Tensor make_blocks(const Tensor& q, const c10::SymInt& kv_heads, std::int64_t to
 Tensor choose_blocks(const char* op, bool computes, const Tensor& q_idx, const Tensor& k_idx, const Layout& layout,
                      std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks) {
   check_float(op, "q_idx", q_idx, 3);
-  check_float(op, layout.name("k_idx"), k_idx, layout.rank(2));
+  check_keys(op, layout.name("k_idx"), k_idx, layout.rank(2));
   layout.check(op);
   check_topk(op, topk);
   const Tensor blocks = make_blocks(q_idx, q_idx.sym_size(1), topk);
@@ -353,8 +360,8 @@ struct AttentionArguments {
 
   void check() const {
     check_float(op, "q", q, 3);
-    check_float(op, layout.name("k"), k, layout.rank(3));
-    check_float(op, layout.name("v"), v, layout.rank(3));
+    check_keys(op, layout.name("k"), k, layout.rank(3));
+    check_keys(op, layout.name("v"), v, layout.rank(3));
     if (blocks != nullptr) check_int32(op, "blocks", *blocks, 3);
     layout.check(op);
   }

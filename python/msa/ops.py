@@ -11,7 +11,8 @@ Rules they share:
 - Blocks are anchored at the start of their sequence: block b covers its positions [b*block_size, (b+1)*block_size).
 - query_heads is a multiple G of kv_heads; query heads r*G to r*G+G-1 form group r.
 - dtypes: float32, bfloat16 or float16 with fp32 accumulation; q, k and v alike; q_idx and k_idx alike, possibly another
-  dtype than q's. Integer tensors are int32. Strides are free (a last dimension that is not contiguous is copied).
+  dtype than q's. In the forward of select_blocks, sparse_attention and dense_attention (packed and paged) keys, values and index
+  keys may be torch.float8_e4m3fn beside wider queries: the result is bit for bit that of the widened tensors. Integer tensors are int32. Strides are free (a last dimension that is not contiguous is copied).
   Under autocast the operators run in the dtypes they are given.
 - Limits: block_size a power of two from 16 to 256, topk from 1 to 64, head dimensions multiples of 16 up to 256.
 - Devices: CPU. Threads: `torch.get_num_threads()`; results do not depend on it, bit for bit, nor on how the tokens are

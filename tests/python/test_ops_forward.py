@@ -290,3 +290,20 @@ def test_no_queries():
     no_sequences = torch.zeros(1, dtype=torch.int32)
     out, lse = msa.dense_attention(inputs.q, inputs.k, inputs.v, no_sequences, no_sequences)
     assert out.shape == (0, 4, 32) and lse.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float8_keys_are_the_numbers_they_are(dtype):
+    torch.manual_seed(0)
+    cu_q, cu_k = torch.tensor([0, 5, 40], dtype=torch.int32), torch.tensor([0, 70, 110], dtype=torch.int32)
+    q, q_idx = torch.randn(40, 6, 32, dtype=dtype), torch.randn(40, 2, 16, dtype=dtype)
+    k, v, k_idx = (torch.randn(110, *shape).to(torch.float8_e4m3fn) for shape in [(2, 32), (2, 32), (16,)])
+    blocks = msa.select_blocks(q_idx, k_idx, cu_q, cu_k, 16, 3)
+    assert torch.equal(blocks, msa.select_blocks(q_idx, k_idx.to(dtype), cu_q, cu_k, 16, 3))
+    for op in (lambda k, v: msa.sparse_attention(q, k, v, blocks, cu_q, cu_k, 16), lambda k, v: msa.dense_attention(q, k, v, cu_q, cu_k)):
+        for narrow, wide in zip(op(k, v), op(k.to(dtype), v.to(dtype))):
+            assert torch.equal(narrow, wide)
+    with pytest.raises(RuntimeError, match="q: .*must be float32"):
+        msa.sparse_attention(q.to(torch.float8_e4m3fn), k, v, blocks, cu_q, cu_k, 16)
+    with pytest.raises(RuntimeError, match="k_idx"):
+        msa.index_kl(q_idx, k_idx, q, k.to(dtype), blocks, cu_q, cu_k, 16)
