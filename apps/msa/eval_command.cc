@@ -8,8 +8,9 @@
 //    "recalls": {"sparse@1/8": {"block", "score", "kl", "layer_block": [], "layer_score": [], "layer_kl": [],
 //                               "untrained": {...}}, ...}}
 // and with --tasks
-//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...}, "tokens_per_second": {"prefill_dense", "decode_dense",
-//    ...}, "trials": {"passkey": {"dense": [{"length", "depth", "key", "answer", "hit"}, ...]}}, "seconds"}.
+//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...}, "found": {"passkey": {"dense": {"2048": mean share of
+//    what had to be in the answer}}}, "tokens_per_second": {"prefill_dense", "decode_dense", ...}, "trials": {"passkey":
+//    {"dense": [{"length", "depth", "key", "answers": [], "answer", "hit", "found"}, ...]}}, "seconds"}.
 // --maps writes {"maps": [{"layer", "group", "block_size", "topk", "rows": [[share of the queries of a block that chose key
 // block, ...], ...]}]}. Tested in tests/python/test_train.py.
 #include <fmt/format.h>
@@ -179,22 +180,27 @@ Json evaluate_tasks(const EvalFlags& flags, const model::Decoder& decoder, const
   Json report;
   report["model"] = flags.model.directory;
   for (const std::string& name : flags.tasks) {
-    const std::vector<model::Trial> trials = model::make_trials(model::parse_retrieval_task(name), text.tools, filler,
-                                                                flags.lengths, flags.trials, flags.seed);
+    const model::RetrievalTask task = model::parse_retrieval_task(name);
+    const std::vector<model::Trial> trials =
+        model::make_trials(task, text.tools, filler, flags.lengths, flags.trials, flags.seed);
     for (const model::EvaluationMode& mode : resolve_modes(flags, config)) {
       const auto start = std::chrono::steady_clock::now();
       model::TrialOptions options;
       options.attention = model::attention_options(mode, config, longest);
       options.chunk = flags.chunk;
+      options.max_answer = model::answer_tokens(task);
       options.stop_tokens = files::stop_token_ids(config, files::load_generation_config(flags.model.directory));
       options.decode = [&](const model::Tokens& tokens) { return text.decode(tokens); };
       options.on_result = [&](const model::Trial& trial, const model::TrialResult& result) {
+        std::string verdict = result.hit ? "found" : "missed";
+        if (!result.hit && result.found > 0) verdict = fmt::format("{:.0f} % found", 100 * result.found);
         print_progress(fmt::format("{} {} {} tokens, depth {:.2f}: {} ({})", name, mode.name, trial.length, trial.depth,
-                                   result.hit ? "found" : "missed", trial.key));
+                                   verdict, trial.key));
       };
       const model::TrialRun run = model::run_trials(decoder, trials, options);
       for (const auto& [length, tally] : run.tally) {
-        report[name][mode.name][std::to_string(length)] = {tally.first, tally.second};
+        report[name][mode.name][std::to_string(length)] = {tally.hits, tally.trials};
+        report["found"][name][mode.name][std::to_string(length)] = tally.found / static_cast<double>(tally.trials);
       }
       report["tokens_per_second"]["prefill_" + mode.name] =
           number(static_cast<double>(run.computed_tokens) / run.prefill_seconds);
@@ -206,8 +212,10 @@ Json evaluate_tasks(const EvalFlags& flags, const model::Decoder& decoder, const
         details.push_back({{"length", trials[i].length},
                            {"depth", trials[i].depth},
                            {"key", trials[i].key},
+                           {"answers", trials[i].answers},
                            {"answer", run.results[i].answer},
-                           {"hit", run.results[i].hit}});
+                           {"hit", run.results[i].hit},
+                           {"found", run.results[i].found}});
       }
       report["seconds"][mode.name] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
@@ -233,9 +241,10 @@ void print_text(const Json& report) {
 void print_tasks(const Json& report, const std::vector<std::string>& tasks) {
   for (const std::string& task : tasks) {
     for (const auto& [mode, lengths] : report[task].items()) {
-      std::string line = fmt::format("{:<10} {:<14}", task, mode);
+      std::string line = fmt::format("{:<17} {:<14}", task, mode);
       for (const auto& [length, tally] : lengths.items()) {
         line += fmt::format("  {}: {}/{}", length, tally[0].get<int>(), tally[1].get<int>());
+        if (task == "variable-tracking") line += fmt::format(" ({:.2f})", report["found"][task][mode][length].get<double>());
       }
       fmt::print("{}\n", line);
     }
@@ -286,9 +295,9 @@ void add_eval_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--maps", flags->maps, "JSON file for selection maps of --map-layers");
   command->add_option("--map-layers", flags->map_layers, "layers to map, such as 0,7,15")->default_str("0")->default_val("0");
-  command->add_option("--tasks", flags->tasks, "retrieval tasks in place of perplexity: passkey, multikey")
+  command->add_option("--tasks", flags->tasks, "retrieval tasks in place of perplexity: passkey, multikey, variable-tracking")
       ->delimiter(',')
-      ->check(CLI::IsMember({"passkey", "multikey"}));
+      ->check(CLI::IsMember({"passkey", "multikey", "variable-tracking"}));
   command->add_option("--lengths", flags->lengths, "document lengths of the tasks, tokens")
       ->delimiter(',')
       ->check(CLI::Range(64, 1 << 24))

@@ -21,8 +21,15 @@ constexpr const char* kIntro =
     "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
     "about it.\n\n";
 
+constexpr std::int64_t kAnswerTokens = 8;
+// Of a chain: five names of five letters with a comma each, in bytes at worst.
+constexpr std::int64_t kChainNames = 5;
+constexpr std::int64_t kNameLetters = 5;
+constexpr std::int64_t kChainAnswerTokens = 40;
+constexpr std::uint64_t kKeyStream = 0x9a55, kChainStream = 0xc4a1;
+
 std::string make_key(std::uint64_t seed, std::uint64_t index) {
-  return std::to_string(10000 + Random(seed, 0x9a55, index).below(90000));
+  return std::to_string(10000 + Random(seed, kKeyStream, index).below(90000));
 }
 
 void append(Tokens& to, const Tokens& from, std::int64_t begin, std::int64_t end) {
@@ -84,6 +91,7 @@ std::vector<Trial> make_passkey_trials(const TextTools& tools, const Tokens& fil
       Trial trial;
       trial.length = length;
       trial.key = make_key(seed, static_cast<std::uint64_t>(place));
+      trial.answers = {trial.key};
       const Tokens line = needle(trial.key);
       const std::int64_t room = length - fixed - static_cast<std::int64_t>(line.size());
       trial.depth = static_cast<double>(place) / static_cast<double>(room);
@@ -120,7 +128,7 @@ std::vector<Trial> make_multikey_trials(const TextTools& tools, const Tokens& fi
       trial.length = length;
       for (std::size_t j = 0; j < kOwners.size(); ++j) {
         const std::string key = make_key(seed + 1, static_cast<std::uint64_t>(document * 4) + j);
-        if (j == asked) trial.key = key;
+        if (j == asked) trial.key = key, trial.answers = {key};
         const std::string name = kOwners[j];
         lines.push_back(tools.encode("\nThe pass key of " + name + " is " + key + ". Remember it. " + key +
                                      " is the pass key of " + name + ".\n"));
@@ -146,6 +154,62 @@ std::vector<Trial> make_multikey_trials(const TextTools& tools, const Tokens& fi
   return result;
 }
 
+// One chain a document, its links in order, each at a random place of its fifth of the text.
+std::vector<Trial> make_variable_trials(const TextTools& tools, const Tokens& filler,
+                                        const std::vector<std::int64_t>& lengths, std::int64_t trials,
+                                        std::uint64_t seed) {
+  std::vector<Trial> result;
+  for (const std::int64_t length : lengths) {
+    for (std::int64_t i = 0; i < trials; ++i) {
+      Random random(seed, kChainStream, static_cast<std::uint64_t>(i));  // a trial's chain is the same at every length
+      Trial trial;
+      trial.length = length;
+      trial.key = std::to_string(10000 + random.below(90000));
+      while (static_cast<std::int64_t>(trial.answers.size()) < kChainNames) {
+        std::string name;
+        for (std::int64_t letter = 0; letter < kNameLetters; ++letter) name += static_cast<char>('A' + random.below(26));
+        if (std::find(trial.answers.begin(), trial.answers.end(), name) == trial.answers.end()) {
+          trial.answers.push_back(name);
+        }
+      }
+      const ChatFrame frame = frame_chat(
+          tools, "Memorize and track the chain of variable assignment hidden in the following text.\n\n",
+          {{"user", "\n\nQuestion: Find all variables that are assigned the value " + trial.key + " in the text above."}}, true,
+          "According to the chain of variable assignment in the text above, " + std::to_string(kChainNames) +
+              " variables are assigned the value " + trial.key + ", they are:");
+      std::vector<Tokens> links;
+      auto used = static_cast<std::int64_t>(frame.head.size() + frame.tail.size()) + kChainAnswerTokens;
+      std::string value = trial.key;
+      for (const std::string& name : trial.answers) {
+        std::string link = "\nVAR " + name;
+        link += " = " + value + "\n";
+        links.push_back(tools.encode(link));
+        used += static_cast<std::int64_t>(links.back().size());
+        value = "VAR " + name;
+      }
+      const std::int64_t room = length - used;
+      if (room < length / 4) {
+        throw Error("variable-tracking: a document of " + std::to_string(length) + " tokens leaves no room for text");
+      }
+      trial.prompt = frame.head;
+      std::int64_t last = 0;
+      for (std::int64_t j = 0; j < kChainNames; ++j) {
+        const std::int64_t begin = j * room / kChainNames, end = (j + 1) * room / kChainNames;
+        const std::int64_t place = begin + static_cast<std::int64_t>(random.uniform() * static_cast<double>(end - begin));
+        if (j == 0) trial.depth = static_cast<double>(place) / static_cast<double>(room);
+        append(trial.prompt, filler, last, place);
+        const Tokens& link = links[static_cast<std::size_t>(j)];
+        append(trial.prompt, link, 0, static_cast<std::int64_t>(link.size()));
+        last = place;
+      }
+      append(trial.prompt, filler, last, room);
+      append(trial.prompt, frame.tail, 0, static_cast<std::int64_t>(frame.tail.size()));
+      result.push_back(std::move(trial));
+    }
+  }
+  return result;
+}
+
 std::int64_t shared_prefix(const Tokens& a, const Tokens& b) {
   const auto [end, other] = std::mismatch(a.begin(), a.end(), b.begin(), b.end());
   (void)other;
@@ -157,11 +221,21 @@ std::int64_t shared_prefix(const Tokens& a, const Tokens& b) {
 RetrievalTask parse_retrieval_task(const std::string& name) {
   if (name == "passkey") return RetrievalTask::kPasskey;
   if (name == "multikey") return RetrievalTask::kMultikey;
-  throw Error("task '" + name + "': not one of passkey, multikey");
+  if (name == "variable-tracking") return RetrievalTask::kVariableTracking;
+  throw Error("task '" + name + "': not one of passkey, multikey, variable-tracking");
 }
 
 const char* retrieval_task_name(RetrievalTask task) {
-  return task == RetrievalTask::kPasskey ? "passkey" : "multikey";
+  switch (task) {
+    case RetrievalTask::kPasskey: return "passkey";
+    case RetrievalTask::kMultikey: return "multikey";
+    case RetrievalTask::kVariableTracking: return "variable-tracking";
+  }
+  return "unknown";
+}
+
+std::int64_t answer_tokens(RetrievalTask task) {
+  return task == RetrievalTask::kVariableTracking ? kChainAnswerTokens : kAnswerTokens;
 }
 
 std::vector<Trial> make_trials(RetrievalTask task, const TextTools& tools, const Tokens& filler,
@@ -173,8 +247,10 @@ std::vector<Trial> make_trials(RetrievalTask task, const TextTools& tools, const
     throw Error("retrieval task: " + std::to_string(filler.size()) + " tokens of filler for documents of " +
                 std::to_string(lengths.back()));
   }
-  return task == RetrievalTask::kPasskey ? make_passkey_trials(tools, filler, lengths, trials, seed)
-                                         : make_multikey_trials(tools, filler, lengths, trials, seed);
+  const auto make = task == RetrievalTask::kPasskey    ? make_passkey_trials
+                    : task == RetrievalTask::kMultikey ? make_multikey_trials
+                                                       : make_variable_trials;
+  return make(tools, filler, lengths, trials, seed);
 }
 
 TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, const TrialOptions& options) {
@@ -226,10 +302,15 @@ TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, co
     run.generated_tokens += static_cast<std::int64_t>(answer.size());
     TrialResult& result = run.results[id];
     result.answer = options.decode(answer);
-    result.hit = result.answer.find(trial.key) != std::string::npos;
-    auto& [hits, total] = run.tally[trial.length];
-    hits += result.hit ? 1 : 0;
-    ++total;
+    const auto found = std::count_if(trial.answers.begin(), trial.answers.end(), [&](const std::string& wanted) {
+      return result.answer.find(wanted) != std::string::npos;
+    });
+    result.hit = found == std::ssize(trial.answers);
+    result.found = static_cast<double>(found) / static_cast<double>(trial.answers.size());
+    TrialRun::Tally& tally = run.tally[trial.length];
+    tally.hits += result.hit ? 1 : 0;
+    ++tally.trials;
+    tally.found += result.found;
     if (options.on_result) options.on_result(trial, result);
     previous = &trial.prompt;
   }

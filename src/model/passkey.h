@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Retrieval tasks in the style of RULER: a five-digit pass key hidden at some depth of a long document (passkey), or several
-// named ones of which one is asked for (multikey). The documents of one length share their text before the key, and the
+// Retrieval tasks in the style of RULER: a five-digit pass key hidden at some depth of a long document (passkey), several
+// named ones of which one is asked for (multikey), or a chain of assignments scattered over the document, VAR A = 12345,
+// VAR B = VAR A and so on, whose names are asked for by the value (variable-tracking). The documents of one length share their text before the key, and the
 // shorter documents are beginnings of the longer ones, so that most of what a trial reads is in the cache already: trials
 // are run in the order of their tokens, and between two of them the cache is cropped to what they share. Tested in
 // tests/unit/model_train.cc.
@@ -18,15 +19,18 @@
 
 namespace msa::model {
 
-enum class RetrievalTask { kPasskey, kMultikey };
-/// "passkey" or "multikey"; throws msa::Error on anything else, naming the choices.
+enum class RetrievalTask { kPasskey, kMultikey, kVariableTracking };
+/// "passkey", "multikey" or "variable-tracking"; throws msa::Error on anything else, naming the choices.
 RetrievalTask parse_retrieval_task(const std::string& name);
 const char* retrieval_task_name(RetrievalTask task);
+/// Room for the answer at the end of a trial's length, and tokens that are generated.
+std::int64_t answer_tokens(RetrievalTask task);
 
 struct Trial {
   std::int64_t length = 0;  ///< tokens of the prompt and room for the answer
-  double depth = 0;         ///< where the key stands, 0: at the beginning, 1: at the end
-  std::string key;
+  double depth = 0;         ///< where the key (the chain's first link) stands, 0: at the beginning, 1: at the end
+  std::string key;          ///< what is hidden; the value that a chain of variables has
+  std::vector<std::string> answers;  ///< what must occur in the answer: the key, or every name of the chain
   Tokens prompt;
 };
 
@@ -37,7 +41,8 @@ std::vector<Trial> make_trials(RetrievalTask task, const TextTools& tools, const
 
 struct TrialResult {
   std::string answer;
-  bool hit = false;  ///< the key occurs in the answer
+  bool hit = false;  ///< all answers occur in it
+  double found = 0;  ///< the share of them that do
 };
 
 struct TrialRun {
@@ -46,22 +51,21 @@ struct TrialRun {
   std::int64_t computed_tokens = 0;       ///< of them run through the model; the others were in the cache
   std::int64_t generated_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;
-  /// hits and trials by length
-  std::map<std::int64_t, std::pair<std::int64_t, std::int64_t>> tally;
+  struct Tally {
+    std::int64_t hits = 0, trials = 0;
+    double found = 0;  ///< sum of the shares found
+  };
+  std::map<std::int64_t, Tally> tally;  ///< by length
 };
 
 struct TrialOptions {
   AttentionOptions attention;
   std::int64_t chunk = 1024;     ///< prompt tokens a forward
-  std::int64_t max_answer = 8;   ///< tokens generated, greedily
+  std::int64_t max_answer = 8;   ///< tokens generated, greedily: see answer_tokens
   std::vector<std::int64_t> stop_tokens;
   std::function<std::string(const Tokens&)> decode;
   std::function<void(const Trial&, const TrialResult&)> on_result;  ///< optional
 };
 
 TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, const TrialOptions& options);
-
-/// Room left for the answer at the end of a trial's length.
-inline constexpr std::int64_t kAnswerTokens = 8;
-
 }  // namespace msa::model
