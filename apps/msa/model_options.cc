@@ -12,9 +12,28 @@ void ModelOptions::add_to(CLI::App& command) {
   command.add_option("--model", directory, "Hugging Face directory: config.json, *.safetensors, tokenizer.json")
       ->required()
       ->check(CLI::ExistingDirectory);
-  command.add_option("--dtype", dtype, "Type of weights, activations and cache")
+  command
+      .add_option("--dtype", dtype,
+                  "Type of weights, activations and cache; bfloat16 takes half the memory, and decode, which reads "
+                  "every weight for every token, is faster")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
+  command
+      .add_option("--local-blocks", local_blocks,
+                  "Last blocks that are always taken, in place of the model's own number")
+      ->check(CLI::Range(std::int64_t{0}, kMaxTopk));
+  command
+      .add_option("--init-blocks", init_blocks,
+                  "First blocks that are always taken, in place of the model's own number")
+      ->check(CLI::Range(std::int64_t{0}, kMaxTopk));
+}
+
+model::Decoder ModelOptions::load() const {
+  model::Decoder decoder = model::Decoder::load(directory, scalar_type());
+  files::ModelConfig& config = decoder.mutable_config();
+  config.index_local_blocks = local_blocks.value_or(config.index_local_blocks);
+  config.index_init_blocks = init_blocks.value_or(config.index_init_blocks);
+  return decoder;
 }
 
 void AttentionFlags::add_to(CLI::App& command) {

@@ -6,20 +6,22 @@
 #include <CLI/CLI.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "src/model/decoder.h"
 
 namespace msa::app {
 
-/// --model and --dtype.
+/// --model, --dtype, and the blocks that are forced.
 struct ModelOptions {
   std::string directory;
   std::string dtype = "float32";
+  std::optional<std::int64_t> local_blocks, init_blocks;  // absent: the model's own
 
   void add_to(CLI::App& command);
   at::ScalarType scalar_type() const { return dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
-  model::Decoder load() const { return model::Decoder::load(directory, scalar_type()); }
+  model::Decoder load() const;
 };
 
 /// --attention and --topk.

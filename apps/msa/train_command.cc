@@ -40,6 +40,9 @@ struct TrainFlags {
   std::int64_t cache_mib = 4096;
   std::optional<double> index_learning_rate;
   std::optional<std::int64_t> warmup_steps;
+  std::optional<std::int64_t> index_value_dim;  // 0: head_dim
+  std::optional<std::int64_t> local_blocks, init_blocks;
+  bool attention_sink = false;
   bool no_detach = false;
   bool json = false;
   model::TrainOptions options;
@@ -103,8 +106,25 @@ class Progress {
 
 model::Decoder make_decoder(const TrainFlags& flags) {
   const at::ScalarType dtype = flags.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
-  if (!flags.model.empty()) return model::Decoder::load(flags.model, dtype);
-  return model::Decoder::create(files::load_model_config(flags.config), flags.options.seed, dtype);
+  const auto value_dim = [&](const files::ModelConfig& config) {
+    return flags.index_value_dim.value_or(0) > 0 ? *flags.index_value_dim : config.head_dim;
+  };
+  const auto force_blocks = [&](files::ModelConfig& config) {
+    config.index_local_blocks = flags.local_blocks.value_or(config.index_local_blocks);
+    config.index_init_blocks = flags.init_blocks.value_or(config.index_init_blocks);
+  };
+  if (flags.model.empty()) {
+    files::ModelConfig config = files::load_model_config(flags.config);
+    if (flags.index_value_dim) config.index_value_dim = value_dim(config);
+    if (flags.attention_sink) config.attention_sink = true;
+    force_blocks(config);
+    return model::Decoder::create(config, flags.options.seed, dtype);
+  }
+  model::Decoder decoder = model::Decoder::load(flags.model, dtype);
+  if (flags.index_value_dim) decoder.add_index_values(value_dim(decoder.config()), flags.options.seed);
+  if (flags.attention_sink) decoder.add_attention_sinks();
+  force_blocks(decoder.mutable_config());
+  return decoder;
 }
 
 TextSource make_text(const TrainFlags& flags, const files::ModelConfig& config) {
@@ -129,7 +149,7 @@ void run_train(TrainFlags flags) {
   }
   options.schedule = model::parse_schedule(flags.schedule);
   options.teacher = flags.teacher == "max" ? Teacher::kMax : Teacher::kMean;
-  options.dense = flags.attention == "dense";
+  options.attention = model::parse_attention_mode(flags.attention);
   options.detach_index = !flags.no_detach;
   options.index_learning_rate = flags.index_learning_rate.value_or(options.freeze_backbone ? 3e-3 : options.learning_rate);
   options.warmup_steps = flags.warmup_steps.value_or(total / 20);
@@ -223,8 +243,9 @@ void add_train_command(CLI::App& app) {
       ->delimiter(',')
       ->check(CLI::NonNegativeNumber);
   command->add_flag("--freeze-backbone", options.freeze_backbone, "train the index branch only; no backward through the model");
-  command->add_option("--attention", flags->attention, "dense: train the dense model, without index and KL")
-      ->check(CLI::IsMember({"sparse", "dense"}))
+  command->add_option("--attention", flags->attention, "dense, window: train without index and KL, to compare with; window is the first block and the "
+                      "most recent ones in sparse stages")
+      ->check(CLI::IsMember({"sparse", "dense", "window"}))
       ->capture_default_str();
   command->add_option("--lambda", options.lambda, "weight of the KL")->capture_default_str();
   command->add_option("--lr", options.learning_rate, "peak learning rate of the backbone")->capture_default_str();
@@ -291,10 +312,30 @@ void add_train_command(CLI::App& app) {
   command->add_flag("--resume,!--no-resume", options.resume, "go on with the run in --out (default), or start over")
       ->capture_default_str();
   command->add_flag("--no-detach", flags->no_detach, "ablation: let the KL reach the backbone");
+  command
+      ->add_option("--index-value-head", flags->index_value_dim,
+                   "ablation: give the index branch values of this dimension (default: head dim), attended to and added")
+      ->expected(0, 1)
+      ->default_str("0")
+      ->check(CLI::Range(0, 256));
+  command->add_flag("--attention-sink", flags->attention_sink,
+                    "ablation: a learned logit a query head in the softmax's denominator");
+  command->add_option("--local-blocks", flags->local_blocks, "last blocks that are always taken, in place of the model's")
+      ->check(CLI::Range(0, 64));
+  command->add_option("--init-blocks", flags->init_blocks, "first blocks that are always taken, in place of the model's")
+      ->check(CLI::Range(0, 64));
   command->add_flag("--json", flags->json, "print JSON");
   command->callback([flags] {
     if (flags->model.empty() == flags->config.empty()) {
       throw CLI::RequiredError("train: exactly one of --model and --config");
+    }
+    const bool learns_from_text = flags->index_value_dim || flags->attention_sink;
+    if (learns_from_text && flags->options.freeze_backbone) {
+      throw CLI::ValidationError(flags->attention_sink ? "--attention-sink" : "--index-value-head",
+                                 "is learned with the language-model loss, which --freeze-backbone does without");
+    }
+    if (flags->index_value_dim && flags->attention != "sparse") {
+      throw CLI::ValidationError("--index-value-head", "needs the index branch, which --attention " + flags->attention + " does without");
     }
     run_train(*flags);
   });

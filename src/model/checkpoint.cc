@@ -157,10 +157,19 @@ std::vector<ParameterSpec> list_index_parameters(const ModelConfig& config, std:
   const std::int64_t dim = config.index_head_dim;
   const bool norms_required = required && config.is_minimax_m3();
   const std::vector<std::int64_t> q_shape = {config.num_key_value_heads * dim, config.hidden_size};
-  return {{prefix + "q_proj.weight", q_shape, ParameterKind::kWeight, required, required},
-          {prefix + "k_proj.weight", {dim, config.hidden_size}, ParameterKind::kWeight, required, required},
-          {prefix + "q_norm.weight", {dim}, ParameterKind::kNorm, norms_required, required},
-          {prefix + "k_norm.weight", {dim}, ParameterKind::kNorm, norms_required, required}};
+  std::vector<ParameterSpec> specs = {
+      {prefix + "q_proj.weight", q_shape, ParameterKind::kWeight, required, required},
+      {prefix + "k_proj.weight", {dim, config.hidden_size}, ParameterKind::kWeight, required, required},
+      {prefix + "q_norm.weight", {dim}, ParameterKind::kNorm, norms_required, required},
+      {prefix + "k_norm.weight", {dim}, ParameterKind::kNorm, norms_required, required}};
+  if (config.index_value_dim > 0) {
+    const std::int64_t values = config.index_value_dim, heads = config.num_key_value_heads;
+    specs.push_back(
+        {prefix + "v_proj.weight", {values, config.hidden_size}, ParameterKind::kWeight, required, required});
+    specs.push_back(
+        {prefix + "o_proj.weight", {config.hidden_size, heads * values}, ParameterKind::kWeight, required, required});
+  }
+  return specs;
 }
 
 std::vector<ParameterSpec> list_parameters(const ModelConfig& config) {
@@ -189,6 +198,7 @@ std::vector<ParameterSpec> list_parameters(const ModelConfig& config) {
       add("self_attn.q_norm.weight", {config.head_dim}, ParameterKind::kNorm);
       add("self_attn.k_norm.weight", {config.head_dim}, ParameterKind::kNorm);
     }
+    if (config.attention_sink) add("self_attn.sinks", {config.num_attention_heads}, ParameterKind::kBias);
     if (config.index_head_dim > 0) {
       for (ParameterSpec& spec : list_index_parameters(config, layer)) specs.push_back(std::move(spec));
     }
@@ -260,9 +270,11 @@ Checkpoint load_checkpoint(const std::string& directory, at::ScalarType dtype) {
     const auto has = [&](const char* name) { return checkpoint.parameters.contains(index + name); };
     has_index_norm = has_index_norm || has("q_norm.weight");
     if (has("q_proj.weight") != has("k_proj.weight") || has("q_norm.weight") != has("k_norm.weight") ||
-        (has("q_norm.weight") && !has("q_proj.weight"))) {
-      throw Error(origin + ": the index branch of layer " + std::to_string(layer) +
-                  " is incomplete; it needs q_proj and k_proj, and both norms or neither");
+        has("v_proj.weight") != has("o_proj.weight") ||
+        ((has("q_norm.weight") || has("v_proj.weight")) && !has("q_proj.weight"))) {
+      throw Error(
+          origin + ": the index branch of layer " + std::to_string(layer) +
+          " is incomplete; it needs q_proj and k_proj, both norms or neither, and v_proj and o_proj or neither");
     }
   }
   config.index_qk_norm = has_index_norm;  // the tensors decide

@@ -33,7 +33,8 @@ struct ParameterSpec {
 
 /// All parameters a model of this configuration may have, in their fixed order. O(layers).
 std::vector<ParameterSpec> list_parameters(const files::ModelConfig& config);
-/// The specs of one layer's index branch, canonical order q_proj, k_proj, q_norm, k_norm.
+/// The specs of one layer's index branch, canonical order q_proj, k_proj, q_norm, k_norm and, with an index value head,
+/// v_proj, o_proj.
 std::vector<ParameterSpec> list_index_parameters(const files::ModelConfig& config, std::int64_t layer);
 std::string layer_prefix(std::int64_t layer);  // "model.layers.3."
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <map>
 #include <span>
+#include <tuple>
 
 #include "msa/error.h"
 #include "msa/select_blocks.h"
@@ -29,7 +30,8 @@ struct Layer {
   Linear q, k, v, o;
   const at::Tensor* q_norm = nullptr;
   const at::Tensor* k_norm = nullptr;
-  Linear index_q, index_k;
+  const at::Tensor* sinks = nullptr;
+  Linear index_q, index_k, index_v, index_o;
   const at::Tensor* index_q_norm = nullptr;
   const at::Tensor* index_k_norm = nullptr;
   const at::Tensor* post_norm = nullptr;
@@ -40,6 +42,7 @@ struct Layer {
   const at::Tensor* experts_down = nullptr;
 
   bool has_index() const { return index_q.weight != nullptr; }
+  bool has_index_values() const { return index_v.weight != nullptr; }
 };
 
 void check_tokens(const at::Tensor& tokens, const ModelConfig& config) {
@@ -149,8 +152,11 @@ void Decoder::Impl::bind() {
     layer.o = linear("self_attn.o_proj");
     layer.q_norm = get("self_attn.q_norm.weight");
     layer.k_norm = get("self_attn.k_norm.weight");
+    layer.sinks = get("self_attn.sinks");
     layer.index_q = linear("self_attn.indexer.q_proj");
     layer.index_k = linear("self_attn.indexer.k_proj");
+    layer.index_v = linear("self_attn.indexer.v_proj");
+    layer.index_o = linear("self_attn.indexer.o_proj");
     layer.index_q_norm = get("self_attn.indexer.q_norm.weight");
     layer.index_k_norm = get("self_attn.indexer.k_norm.weight");
     layer.post_norm = get("post_attention_layernorm.weight");
@@ -235,48 +241,55 @@ ForwardResult Decoder::Impl::run(const at::Tensor& tokens, const Pass& pass, con
     const bool with_kl = options.with_kl && layer.has_index();
     const bool caches_index =
         pass.cache != nullptr && pass.cache->shape().layers[static_cast<std::size_t>(i)].index_dim > 0;
-    const bool needs_index_queries = plan.mode == AttentionMode::kSparse || with_kl;
+    const bool with_values = layer.has_index_values();
+    const bool needs_index_queries = plan.mode == AttentionMode::kSparse || with_kl || with_values;
     if (pass.cache != nullptr && needs_index_queries && !caches_index) {
       throw Error("decoder: the cache holds no index keys for layer " + std::to_string(i));
     }
 
     const at::Tensor x = norm(hidden, layer.input_norm);
     AttentionInputs inputs;
-    const Linear* const index_q = needs_index_queries ? &layer.index_q : nullptr;
-    const Linear* const index_k = needs_index_queries || caches_index ? &layer.index_k : nullptr;
+    // The index branch sees the input cut off from the graph; where there is none, all layers of it read it together.
+    const std::array<const Linear*, 3> index = {needs_index_queries ? &layer.index_q : nullptr,
+                                                needs_index_queries || caches_index ? &layer.index_k : nullptr,
+                                                with_values ? &layer.index_v : nullptr};
     const bool apart = options.detach_index && x.requires_grad();
-    auto [q, k, v, q_idx, k_idx] =
-        apply_layers(x, std::array<const Linear*, 5>{&layer.q, &layer.k, &layer.v, apart ? nullptr : index_q,
-                                                     apart ? nullptr : index_k});
-    if (apart) {
-      const auto index = apply_layers(x.detach(), std::array<const Linear*, 2>{index_q, index_k});
-      q_idx = index[0];
-      k_idx = index[1];
-    }
+    const auto together = [&](const Linear* of_index) { return apart ? nullptr : of_index; };
+    auto [q, k, v, q_idx, k_idx, v_idx] =
+        apply_layers(x, std::array<const Linear*, 6>{&layer.q, &layer.k, &layer.v, together(index[0]),
+                                                     together(index[1]), together(index[2])});
+    if (apart) std::tie(q_idx, k_idx, v_idx) = std::tuple_cat(apply_layers(x.detach(), index));
     inputs.q = heads(q, layer.q_norm, rope, config.head_dim, 1);
     inputs.k = heads(k, layer.k_norm, rope, config.head_dim, 1);
     inputs.v = v.view({x.size(0), config.num_key_value_heads, config.head_dim});
     if (q_idx.defined()) inputs.q_idx = index_queries(layer, q_idx, rope);
     if (k_idx.defined()) inputs.k_idx = index_keys(layer, k_idx, rope);
+    inputs.v_idx = v_idx;
     inputs.batch = pass.batch;
     inputs.cu_seqlens = pass.cu_seqlens;
     if (pass.cache != nullptr) {
+      const at::Tensor index_rows = with_values ? at::cat({inputs.k_idx, inputs.v_idx}, -1) : inputs.k_idx;
       pass.cache->write(i, pass.sequence, pass.begin, const_view(inputs.k), const_view(inputs.v),
-                        caches_index ? const_view(inputs.k_idx) : ConstTensorView());
+                        caches_index ? const_view(index_rows) : ConstTensorView());
       inputs.keys = pass.cache->keys(i);
       inputs.values = pass.cache->values(i);
-      inputs.index_keys = pass.cache->index_keys(i);
+      if (caches_index) inputs.index_keys = narrow_last(pass.cache->index_keys(i), 0, config.index_head_dim);
+      if (with_values) {
+        inputs.index_values = narrow_last(pass.cache->index_keys(i), config.index_head_dim, config.index_value_dim);
+      }
     } else {
       inputs.keys = const_view(inputs.k);
       inputs.values = const_view(inputs.v);
       if (inputs.k_idx.defined()) inputs.index_keys = const_view(inputs.k_idx);
+      if (with_values) inputs.index_values = const_view(inputs.v_idx);
     }
 
     const Stopwatch selection;
     const at::Tensor blocks = choose_blocks(plan, inputs);
     result.seconds.selection += selection.seconds();
     const Stopwatch attention;
-    const at::Tensor out = attend(plan, inputs, blocks);
+    const Attended attended = attend(plan, inputs, blocks);
+    const at::Tensor of_index = with_values ? attend_index(plan, inputs, blocks).out : at::Tensor();
     result.seconds.attention += attention.seconds();
     if (options.with_kl) {
       result.layer_kl.push_back(std::numeric_limits<double>::quiet_NaN());
@@ -286,7 +299,9 @@ ForwardResult Decoder::Impl::run(const at::Tensor& tokens, const Pass& pass, con
       }
     }
     if (options.observer) options.observer({i, x, inputs.q, inputs.k, inputs.v, inputs.q_idx, inputs.k_idx, blocks});
+    const at::Tensor out = layer.sinks != nullptr ? with_sink(attended, *layer.sinks) : attended.out;
     hidden = hidden + layer.o(out.flatten(1));
+    if (with_values) hidden = hidden + layer.index_o(of_index.flatten(1));
     hidden = hidden + mlp(layer, norm(hidden, layer.post_norm));
   }
   result.hidden = norm(hidden, &parameters.at("model.norm.weight"));
@@ -313,7 +328,7 @@ Decoder Decoder::create(const ModelConfig& config, std::uint64_t seed, at::Scala
   impl->config = config;
   const at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   for (const ParameterSpec& spec : list_parameters(config)) {
-    if (is_index_parameter(spec.name)) {
+    if (is_index_parameter(spec.name) || is_value_head_parameter(spec.name)) {
       const bool is_norm = spec.kind == ParameterKind::kNorm;
       if (!spec.in_sparse_layer || (is_norm && !config.index_qk_norm)) continue;
     }
@@ -360,6 +375,40 @@ void Decoder::add_index_branch(std::int64_t layer, std::int64_t index_dim) {
   impl_->bind();
 }
 
+void Decoder::add_index_values(std::int64_t value_dim, std::uint64_t seed) {
+  ModelConfig& config = impl_->config;
+  if (config.index_value_dim == value_dim) return;
+  if (config.index_value_dim != 0) {
+    throw Error("add_index_values: the model has an index value head of dimension " +
+                std::to_string(config.index_value_dim) + ", not " + std::to_string(value_dim));
+  }
+  ModelConfig changed = config;
+  changed.index_value_dim = value_dim;
+  files::validate(changed, "add_index_values");
+  config.index_value_dim = value_dim;
+  const at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  for (const ParameterSpec& spec : list_parameters(config)) {
+    if (!is_value_head_parameter(spec.name) || !spec.in_sparse_layer) continue;
+    at::Tensor parameter = at::zeros(spec.shape, at::kFloat);
+    if (spec.name.ends_with("v_proj.weight")) parameter.normal_(0.0, config.initializer_range, generator);
+    impl_->parameters[spec.name] = parameter.to(impl_->dtype());
+  }
+  impl_->bind();
+}
+
+void Decoder::add_attention_sinks() {
+  // exp(-8) is 3e-4 of one key of score 0: small beside any row, large enough for a gradient to move it.
+  constexpr double kStart = -8.0;
+  ModelConfig& config = impl_->config;
+  if (config.attention_sink) return;
+  config.attention_sink = true;
+  for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    impl_->parameters[layer_prefix(layer) + "self_attn.sinks"] =
+        at::full({config.num_attention_heads}, kStart, at::TensorOptions(impl_->dtype()));
+  }
+  impl_->bind();
+}
+
 bool Decoder::has_index_branch(std::int64_t layer) const {
   return impl_->layers.at(static_cast<std::size_t>(layer)).has_index();
 }
@@ -376,7 +425,11 @@ std::vector<std::pair<std::string, at::Tensor>> Decoder::named_parameters() cons
 }
 
 bool Decoder::is_index_parameter(const std::string& name) {
-  return name.find(".self_attn.indexer.") != std::string::npos;
+  return name.find(".self_attn.indexer.") != std::string::npos && !is_value_head_parameter(name);
+}
+
+bool Decoder::is_value_head_parameter(const std::string& name) {
+  return name.ends_with(".self_attn.indexer.v_proj.weight") || name.ends_with(".self_attn.indexer.o_proj.weight");
 }
 
 ForwardResult Decoder::forward(const at::Tensor& tokens, const at::Tensor& cu_seqlens,
@@ -432,13 +485,13 @@ cache::CacheShape Decoder::cache_shape(std::int64_t page_size, bool with_index_k
   shape.page_size = page_size;
   shape.dtype = shape.index_dtype = cache_dtype(impl_->dtype());
   for (const Layer& layer : impl_->layers) {
-    const bool has_index = with_index_keys && layer.has_index();
+    const bool has_index = layer.has_index() && (with_index_keys || layer.has_index_values());
+    const std::int64_t row = config.index_head_dim + (layer.has_index_values() ? config.index_value_dim : 0);
     if (has_index && (page_size < 1 || page_size % config.index_block_size != 0)) {
       throw Error("cache shape: page_size " + std::to_string(page_size) + " must be a multiple of index_block_size " +
                   std::to_string(config.index_block_size));
     }
-    shape.layers.push_back(
-        {config.num_key_value_heads, config.head_dim, config.head_dim, has_index ? config.index_head_dim : 0});
+    shape.layers.push_back({config.num_key_value_heads, config.head_dim, config.head_dim, has_index ? row : 0});
   }
   return shape;
 }

@@ -97,12 +97,20 @@ class Decoder {
   /// Adds a (zero) index branch to a dense layer; convert fills it in.
   void add_index_branch(std::int64_t layer, std::int64_t index_dim);
   bool has_index_branch(std::int64_t layer) const;
+  /// Ablations (SPEC section 5), for a model that was made without them. Both start without effect: the value head's
+  /// output projection at 0, the sinks far below every score. A switch that is on already stays as it is; throws
+  /// msa::Error when the value head has another dimension or no layer is sparse.
+  void add_index_values(std::int64_t value_dim, std::uint64_t seed);
+  void add_attention_sinks();
 
   /// Parameter by its canonical checkpoint name ("model.layers.3.self_attn.q_proj.weight"); throws if unknown.
   at::Tensor& parameter(const std::string& name);
   /// All parameters, in a fixed order.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
+  /// What the KL trains: projections and norms of an index branch, its value head excepted.
   static bool is_index_parameter(const std::string& name);
+  /// Learned with the language-model loss, as the backbone is.
+  static bool is_value_head_parameter(const std::string& name);
 
   /// Packed sequences, no cache; differentiable when gradients are enabled. tokens int64 [T], cu_seqlens int32 [B+1].
   ForwardResult forward(const at::Tensor& tokens, const at::Tensor& cu_seqlens, const ForwardOptions& options) const;
@@ -112,7 +120,8 @@ class Decoder {
   /// differently in batches of different sizes, so hidden states agree to rounding only.
   ForwardResult forward_cached(const at::Tensor& tokens, cache::PagedCache& cache, std::int64_t sequence,
                                const ForwardOptions& options) const;
-  /// Layer shapes for a cache of this model. Without index keys, the cache serves every mode but kSparse.
+  /// Layer shapes for a cache of this model. Without index keys, the cache serves every mode but kSparse. Index values
+  /// lie behind the index key in one row of index_dim + index_value_dim; a layer with a value head always has it.
   cache::CacheShape cache_shape(std::int64_t page_size, bool with_index_keys = true) const;
 
   /// hidden [N, hidden] -> float32 logits [N, vocab].
@@ -123,7 +132,8 @@ class Decoder {
                                                  const at::Tensor& positions) const;
 
   /// The two halves of index_branch, for callers that need queries of a few rows and keys of all: [T, kv_heads, Di] and
-  /// [T, Di]. RoPE rotates the first rotary_dim of the Di dimensions (SPEC section 2: as MiniMax-M3), the rest pass through.
+  /// [T, Di]. RoPE rotates the first rotary_dim of the Di dimensions (SPEC section 2: as MiniMax-M3), the rest pass
+  /// through.
   at::Tensor index_queries(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const;
   at::Tensor index_keys(std::int64_t layer, const at::Tensor& x, const at::Tensor& positions) const;
 

@@ -69,6 +69,50 @@ at::Tensor choose_window(const AttentionPlan& plan, const AttentionInputs& input
   return blocks;
 }
 
+// One head in place of none, shown `heads` times: [.., dim] becomes [.., heads, dim].
+ConstTensorView repeat_head(ConstTensorView view, std::int64_t heads) {
+  const auto last = static_cast<std::size_t>(view.rank - 1);
+  view.shape[last + 1] = view.shape[last];
+  view.strides[last + 1] = view.strides[last];
+  view.shape[last] = heads;
+  view.strides[last] = 0;
+  ++view.rank;
+  return view;
+}
+
+Attended attend_recorded(const AttentionPlan& plan, const at::Tensor& cu, const at::Tensor& q, const at::Tensor& k,
+                         const at::Tensor& v, const at::Tensor& blocks) {
+  auto [out, lse] = blocks.defined() ? torch_ops::sparse_attention(q, k, v, blocks, cu, cu, plan.block_size)
+                                     : torch_ops::dense_attention(q, k, v, cu, cu);
+  return {out, lse};
+}
+
+Attended attend_views(const AttentionPlan& plan, const Batch& batch, const at::Tensor& q, const ConstTensorView& keys,
+                      const ConstTensorView& values, const at::Tensor& blocks) {
+  Attended result = {at::empty({q.size(0), q.size(1), values.size(values.rank - 1)}, q.options()),
+                     at::empty({q.size(0), q.size(1)}, at::kFloat)};
+  const TensorView out = mutable_view(result.out), lse = mutable_view(result.lse);
+  if (!blocks.defined()) {
+    DenseAttentionParams params;
+    params.q = const_view(q);
+    params.k = keys;
+    params.v = values;
+    params.batch = batch;
+    dense_attention(make_context(), params, out, lse);
+    return result;
+  }
+  SparseAttentionParams params;
+  params.q = const_view(q);
+  params.k = keys;
+  params.v = values;
+  params.blocks = const_view(blocks);
+  params.batch = batch;
+  params.block_size = plan.block_size;
+  params.trusted_blocks = true;
+  sparse_attention(make_context(), params, out, lse);
+  return result;
+}
+
 }  // namespace
 
 Context make_context() {
@@ -113,33 +157,35 @@ at::Tensor choose_blocks(const AttentionPlan& plan, const AttentionInputs& input
   return blocks;
 }
 
-at::Tensor attend(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks) {
-  const at::Tensor &q = inputs.q, &k = inputs.k, &v = inputs.v, &cu = inputs.cu_seqlens;
+Attended attend(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks) {
+  const at::Tensor &q = inputs.q, &k = inputs.k, &v = inputs.v;
+  if (!inputs.batch.is_paged && wants_grad({&q, &k, &v}))
+    return attend_recorded(plan, inputs.cu_seqlens, q, k, v, blocks);
+  return attend_views(plan, inputs.batch, q, inputs.keys, inputs.values, blocks);
+}
+
+Attended attend_index(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks) {
+  const at::Tensor &q = inputs.q_idx, &k = inputs.k_idx, &v = inputs.v_idx;
+  // Every group has blocks of its own, so the one key head is shown to each; all keys are seen by one group of all
+  // heads.
+  const std::int64_t shown = blocks.defined() ? q.size(1) : 1;
   if (!inputs.batch.is_paged && wants_grad({&q, &k, &v})) {
-    return std::get<0>(blocks.defined() ? torch_ops::sparse_attention(q, k, v, blocks, cu, cu, plan.block_size)
-                                        : torch_ops::dense_attention(q, k, v, cu, cu));
+    return attend_recorded(plan, inputs.cu_seqlens, q, k.unsqueeze(1).expand({-1, shown, -1}),
+                           v.unsqueeze(1).expand({-1, shown, -1}), blocks);
   }
-  at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
-  at::Tensor lse = at::empty({q.size(0), q.size(1)}, at::kFloat);
-  if (!blocks.defined()) {
-    DenseAttentionParams params;
-    params.q = const_view(q);
-    params.k = inputs.keys;
-    params.v = inputs.values;
-    params.batch = inputs.batch;
-    dense_attention(make_context(), params, mutable_view(out), mutable_view(lse));
-    return out;
-  }
-  SparseAttentionParams params;
-  params.q = const_view(q);
-  params.k = inputs.keys;
-  params.v = inputs.values;
-  params.blocks = const_view(blocks);
-  params.batch = inputs.batch;
-  params.block_size = plan.block_size;
-  params.trusted_blocks = true;
-  sparse_attention(make_context(), params, mutable_view(out), mutable_view(lse));
-  return out;
+  return attend_views(plan, inputs.batch, q, repeat_head(inputs.index_keys, shown),
+                      repeat_head(inputs.index_values, shown), blocks);
+}
+
+at::Tensor with_sink(const Attended& attended, const at::Tensor& sinks) {
+  const at::Tensor share = at::sigmoid(attended.lse - sinks.to(at::kFloat));
+  return attended.out * share.unsqueeze(-1).to(attended.out.scalar_type());
+}
+
+ConstTensorView narrow_last(ConstTensorView view, std::int64_t begin, std::int64_t width) {
+  view.data += static_cast<std::size_t>(begin) * dtype_size(view.dtype);
+  view.shape[static_cast<std::size_t>(view.rank - 1)] = width;
+  return view;
 }
 
 at::Tensor align(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks, Teacher teacher) {

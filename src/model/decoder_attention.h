@@ -25,12 +25,12 @@ struct AttentionPlan {
   std::int64_t init_blocks = 0;
 };
 
-/// Inputs of one layer. q, k, v, q_idx, k_idx are the new tokens' [T, heads, dim] (k_idx [T, dim]), index tensors
-/// undefined where not needed. keys, values and index_keys are what the queries see: the same tensors, or a cache's
-/// pages.
+/// Inputs of one layer. q, k, v, q_idx, k_idx, v_idx are the new tokens' [T, heads, dim] (k_idx, v_idx [T, dim]), index
+/// tensors undefined where not needed. keys, values, index_keys and index_values are what the queries see: the same
+/// tensors, or a cache's pages.
 struct AttentionInputs {
-  at::Tensor q, k, v, q_idx, k_idx;
-  ConstTensorView keys, values, index_keys;
+  at::Tensor q, k, v, q_idx, k_idx, v_idx;
+  ConstTensorView keys, values, index_keys, index_values;
   Batch batch;
   at::Tensor cu_seqlens;  ///< packed only: of queries and keys alike
 };
@@ -41,8 +41,18 @@ ConstTensorView const_view(const at::Tensor& tensor);
 
 /// int32 [kv_heads, T, topk] by the plan's rule; undefined when it is kDense. Never differentiable.
 at::Tensor choose_blocks(const AttentionPlan& plan, const AttentionInputs& inputs);
-/// [T, query_heads, value_dim]. Differentiable when packed and q, k or v ask for gradients. blocks undefined: dense.
-at::Tensor attend(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks);
+/// out [T, heads, value_dim], lse float32 [T, heads]. Differentiable when packed and an input asks for gradients.
+struct Attended {
+  at::Tensor out, lse;
+};
+/// The main branch. blocks undefined: dense.
+Attended attend(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks);
+/// The index branch's own attention over the same tokens, of q_idx to k_idx and v_idx; a head a group.
+Attended attend_index(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks);
+/// out with a logit a head ([heads]) in its softmax's denominator: a share 1 / (1 + exp(sink - lse)) of it remains.
+at::Tensor with_sink(const Attended& attended, const at::Tensor& sinks);
+/// Dimensions [begin, begin + width) of the last one of a view.
+ConstTensorView narrow_last(ConstTensorView view, std::int64_t begin, std::int64_t width);
 /// KL of the index branch, scalar float32; differentiable when packed and q_idx or k_idx ask for gradients.
 at::Tensor align(const AttentionPlan& plan, const AttentionInputs& inputs, const at::Tensor& blocks, Teacher teacher);
 

@@ -66,7 +66,7 @@ class Run {
   Run(Decoder& decoder, const Corpus& corpus, const TextTools& tools, std::int64_t separator,
       const TrainOptions& options, const TrainHooks& hooks)
       : decoder_(decoder), corpus_(corpus), tools_(tools), separator_(separator), options_(options), hooks_(hooks),
-        layers_(options.dense ? std::vector<std::int64_t>() : index_layers(decoder)) {
+        layers_(without_index() ? std::vector<std::int64_t>() : index_layers(decoder)) {
     for (const TrainStage& stage : options.stages) total_steps_ += stage.steps;
   }
 
@@ -97,6 +97,10 @@ class Run {
     return decoder_.config().index_topk_blocks.at(static_cast<std::size_t>(layer));
   }
   std::int64_t probe_topk() const;
+  bool without_index() const { return options_.attention != AttentionMode::kSparse; }
+  const char* stage_name(bool sparse) const {
+    return sparse || without_index() ? attention_mode_name(attention(sparse).mode) : "warmup";
+  }
   bool should_stop() const { return hooks_.should_stop && hooks_.should_stop(); }
   void progress(const std::string& text) const {
     if (hooks_.on_progress) hooks_.on_progress(text);
@@ -129,13 +133,22 @@ void Run::check() const {
   }
   if (options_.batch < 1 || options_.accumulate < 1) throw fail("batch and accumulate must be at least 1");
   if (options_.context < 2) throw fail("context must be at least 2 tokens");
-  if (options_.freeze_backbone && options_.dense) throw fail("a dense run with a frozen backbone has nothing to train");
+  if (options_.attention == AttentionMode::kOracle) throw fail("attention oracle cannot be trained with");
+  if (options_.freeze_backbone && without_index()) {
+    throw fail("without an index branch a frozen backbone leaves nothing to train");
+  }
   if (options_.freeze_backbone &&
       (options_.rows < 1 || options_.cache_windows < 1 || options_.sparse_cache_windows < 1)) {
     throw fail("rows, cache_windows and sparse_cache_windows must be at least 1");
   }
-  if (!options_.dense && layers_.empty()) {
+  if (!without_index() && layers_.empty()) {
     throw fail("the model has no index branch: convert it first, or train it dense (--attention dense)");
+  }
+  if (without_index() && decoder_.config().index_value_dim > 0) {
+    throw fail("the model has an index value head (index_value_dim), which a run without an index branch cannot have");
+  }
+  if (options_.attention == AttentionMode::kWindow && !decoder_.config().has_sparse_layers()) {
+    throw fail("attention window needs sparse layers (layer_types), which say the budget");
   }
   if (!(options_.retrieval_share >= 0 && options_.retrieval_share <= 1)) throw fail("retrieval_share must be in [0, 1]");
 }
@@ -155,7 +168,7 @@ std::map<std::string, std::string> Run::fingerprint() const {
   }
   result["stages"] = stages;
   result["freeze_backbone"] = std::to_string(options_.freeze_backbone);
-  result["dense"] = std::to_string(options_.dense);
+  result["attention"] = attention_mode_name(options_.attention);
   result["detach_index"] = std::to_string(options_.detach_index);
   result["lambda"] = number(options_.lambda);
   result["learning_rate"] = number(options_.learning_rate);
@@ -170,6 +183,10 @@ std::map<std::string, std::string> Run::fingerprint() const {
   result["accumulate"] = std::to_string(options_.accumulate);
   result["context"] = std::to_string(options_.context);
   result["seed"] = std::to_string(options_.seed);
+  result["index_value_dim"] = std::to_string(decoder_.config().index_value_dim);
+  result["attention_sink"] = std::to_string(decoder_.config().attention_sink);
+  result["local_blocks"] = std::to_string(decoder_.config().index_local_blocks);
+  result["init_blocks"] = std::to_string(decoder_.config().index_init_blocks);
   result["teacher"] = options_.teacher == Teacher::kMax ? "max" : "mean";
   result["retrieval_share"] = number(options_.retrieval_share);
   if (options_.freeze_backbone) {
@@ -189,7 +206,7 @@ void Run::choose_parameters() {
   NamedTensors trained;
   for (auto& [name, parameter] : decoder_.named_parameters()) {
     const bool is_index = Decoder::is_index_parameter(name);
-    const bool wanted = options_.freeze_backbone ? is_index : !(options_.dense && is_index);
+    const bool wanted = options_.freeze_backbone ? is_index : !(without_index() && is_index);
     parameter.requires_grad_(wanted);
     if (wanted) trained.emplace_back(name, parameter);
   }
@@ -282,7 +299,7 @@ std::vector<TokenWindow> Run::make_windows(std::int64_t count) const {
 
 AttentionOptions Run::attention(bool sparse) const {
   AttentionOptions options;
-  options.mode = sparse && !options_.dense ? AttentionMode::kSparse : AttentionMode::kDense;
+  options.mode = sparse ? options_.attention : AttentionMode::kDense;
   return options;
 }
 
@@ -521,7 +538,7 @@ void Run::full_gradients(bool sparse, StepRecord& record) {
     const at::Tensor row_ids = at::tensor(rows, at::kLong);
     ForwardOptions forward;
     forward.attention = attention(sparse);
-    forward.with_kl = !options_.dense;
+    forward.with_kl = !without_index();
     forward.detach_index = options_.detach_index;
     forward.teacher = options_.teacher;
     const ForwardResult result = decoder_.forward(ids, at::tensor(cu_seqlens, at::kInt), forward);
@@ -530,7 +547,7 @@ void Run::full_gradients(bool sparse, StepRecord& record) {
         backpropagate_language(result.hidden, row_ids, ids.index_select(0, row_ids + 1), share, gradient);
     // One backward through the model for both terms: this product has exactly `gradient` as its gradient.
     at::Tensor total = (result.hidden * gradient).sum();
-    if (!options_.dense) total = total + result.kl_sum * (options_.lambda * share);
+    if (!without_index()) total = total + result.kl_sum * (options_.lambda * share);
     total.backward();
     record.lm_loss += loss * share;
     record.loss += loss * share;
@@ -568,7 +585,7 @@ void Run::probe(bool sparse, StepRecord& record) const {
       ForwardOptions forward;
       forward.attention = attention(sparse);
       forward.observer = [&](const LayerView& view) {
-        if (options_.dense || !decoder_.has_index_branch(view.layer)) return;
+        if (without_index() || !decoder_.has_index_branch(view.layer)) return;
         meter.add(view.layer, measure_alignment(decoder_, view.layer, view.x, view.q.index_select(0, rows.to(at::kLong)),
                                                 view.k, rows, probe_topk(), options_.teacher));
       };
@@ -592,7 +609,7 @@ TrainResult Run::execute() {
   const ScheduleOptions schedule{options_.schedule, total_steps_, options_.warmup_steps, options_.min_factor, 0.2};
   if (step_ == 0 && !probe_windows_.empty() && hooks_.on_step) {
     StepRecord before;
-    before.stage = options_.dense ? "dense" : options_.stages[stage_of(0)].sparse ? "sparse" : "warmup";
+    before.stage = stage_name(options_.stages[stage_of(0)].sparse);
     before.loss = before.lm_loss = before.kl = kNan;
     probe(options_.stages[stage_of(0)].sparse, before);
     before.kl = before.held_out.kl;
@@ -611,10 +628,10 @@ TrainResult Run::execute() {
     const bool sparse = options_.stages[*stage].sparse;
     const Stopwatch stopwatch;
     StepRecord record;
-    record.stage = options_.dense ? "dense" : sparse ? "sparse" : "warmup";
+    record.stage = stage_name(sparse);
     const double factor = schedule_factor(schedule, step_);
     record.learning_rate = options_.freeze_backbone ? 0 : options_.learning_rate * factor;
-    record.index_learning_rate = options_.dense ? 0 : options_.index_learning_rate * factor;
+    record.index_learning_rate = without_index() ? 0 : options_.index_learning_rate * factor;
     optimizer_->zero_grad();
     if (options_.freeze_backbone) {
       frozen_gradients(sparse, record);

@@ -4,7 +4,8 @@
 //
 // Frozen backbone: nothing flows back through the model, so each window runs forward once; what the index sees of each
 // layer (its input x and keys, and the queries of a pool of rows) is kept, and a step is the KL gradient of some rows of
-// one window, layer by layer. Trained backbone: language-model loss + lambda * sum of KL through autograd.
+// one window, layer by layer. Trained backbone: language-model loss + lambda * sum of KL through autograd; an index value
+// head and attention sinks (ablations) learn from the language-model loss, so they move and are frozen with the backbone.
 //
 // A step is a pure function of the weights, the optimizer's state and the step number (random numbers come from
 // (seed, stream, step)), so a run that is stopped and resumed gives the same curve bit for bit with the same number of
@@ -35,7 +36,9 @@ struct TrainStage {
 struct TrainOptions {
   std::vector<TrainStage> stages;
   bool freeze_backbone = false;
-  bool dense = false;        ///< train the dense model: full attention, no KL (to compare with)
+  /// kDense and kWindow train without index branch and KL, to compare with: full attention, or in sparse stages the first
+  /// block and the most recent ones at the same budget.
+  AttentionMode attention = AttentionMode::kSparse;
   bool detach_index = true;  ///< false: the KL reaches the backbone (ablation)
   double lambda = 1.0;
   double learning_rate = 1e-3;        ///< of the backbone
@@ -74,10 +77,10 @@ struct TrainOptions {
 
 struct StepRecord {
   std::int64_t step = 0;  ///< 1 after the first; 0: the state before training, probed (kl is the held-out one)
-  std::string stage;      ///< "warmup", "sparse", "dense"
+  std::string stage;      ///< "warmup", "sparse", and of runs without an index branch "dense", "window"
   double loss = 0;        ///< what was minimised
   double lm_loss = 0;     ///< NaN with a frozen backbone
-  double kl = 0;          ///< mean over layers; NaN in a dense run
+  double kl = 0;          ///< mean over layers; NaN without an index branch
   std::vector<double> layer_kl;
   double learning_rate = 0, index_learning_rate = 0, gradient_norm = 0;
   std::int64_t tokens = 0;  ///< this step's

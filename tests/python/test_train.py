@@ -149,6 +149,55 @@ def test_pretraining_from_a_config(run, text, tmp_path):
     assert half["finished"]
 
 
+def test_ablations_from_scratch_generate_and_resume(run, dense, text, tmp_path):
+    config = CONFIG | {
+        "layer_types": ["minimax_m3_sparse"] * 2, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 16,
+        "index_topk_blocks": 2, "index_local_blocks": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    flags = ("train", "--config", tmp_path / "config.json", "--tokenizer", dense, "--data", text, "--context", 128, "--batch", 2,
+             "--stage", "warmup,sparse", "--steps", "6,6", "--lr", 3e-3, "--probe-every", 6)
+    ablations = ("--index-value-head", 32, "--attention-sink", "--init-blocks", 1)
+    report = run(*flags, *ablations, "--out", out, "--json")
+    assert report["finished"] and report["last"]["held_out_lm_loss"] < report["first"]["held_out_lm_loss"]
+    written = json.loads((out / "config.json").read_text())
+    assert written["index_value_dim"] == 32 and written["attention_sink"] is True and written["index_init_blocks"] == 1
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.1.self_attn.indexer.v_proj.weight"].shape == (32, 32)
+    assert tensors["model.layers.1.self_attn.indexer.o_proj.weight"].shape == (32, 64)
+    assert tensors["model.layers.0.self_attn.sinks"].shape == (4,) and tensors["model.layers.0.self_attn.sinks"].abs().max() > 0
+    for chunk in (7, 512):  # sparse prefill in chunks and decode, on the paged cache with index values
+        answer = run("generate", "--model", out, "--prompt", "the model reads a block " * 8, "--max-tokens", 8, "--chunk", chunk, "--json")
+        assert len(answer["tokens"]) > 0
+    again = run(*flags, *ablations, "--out", out, "--json")
+    assert again["steps"] == 12
+    assert "index_value_dim" in run(*flags, "--out", out, "--attention-sink", "--init-blocks", 1, code=1).stderr
+
+
+def test_ablations_on_a_converted_model(run, converted, text, tmp_path):
+    flags = ("train", "--model", converted, "--data", text, "--context", 128, "--steps", 3, "--stage", "sparse", "--probe-every", 0)
+    ablations = ("--index-value-head", "--attention-sink")
+    report = run(*flags, *ablations, "--out", tmp_path / "out", "--json")
+    assert report["finished"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["index_value_dim"] == 16  # the head dimension
+    for flag in ablations:
+        refused = run(*flags, flag, "--freeze-backbone", "--out", tmp_path / "frozen", code=2)
+        assert flag in refused.stderr and "--freeze-backbone" in refused.stderr
+    assert "--attention dense" in run(*flags, "--index-value-head", "--attention", "dense", "--out", tmp_path / "x", code=2).stderr
+    assert "index_value_dim" in run(*flags, "--index-value-head", 24, "--out", tmp_path / "x", code=1).stderr
+    window = run(*flags, "--attention", "window", "--out", tmp_path / "window", "--json")
+    assert window["finished"] and read_log(tmp_path / "window" / "train.jsonl")[-1]["stage"] == "window"
+
+
+def test_forced_blocks_are_switches_of_every_command(run, converted, text):
+    flags = ("eval", "--model", converted, "--data", text, "--context", 256, "--windows", 1, "--recall-rows", 0, "--json")
+    losses = {run(*flags, "--attention", "sparse@3", *more)["modes"]["sparse@3"]["loss"]
+              for more in ((), ("--init-blocks", 1), ("--local-blocks", 2), ("--init-blocks", 1, "--local-blocks", 2))}
+    window = run(*flags, "--attention", "window@3")["modes"]["window@3"]["loss"]
+    assert len(losses) == 4 and window in losses  # everything forced is the first block and the two most recent ones
+
+
 def test_eval_reports_every_mode(run, converted, text, tmp_path):
     maps = tmp_path / "maps.json"
     report = run("eval", "--model", converted, "--baseline", converted, "--data", text, "--context", 256, "--windows", 2,
@@ -164,11 +213,14 @@ def test_eval_reports_every_mode(run, converted, text, tmp_path):
 
 
 def test_eval_tasks(run, converted, text):
-    report = run("eval", "--model", converted, "--data", text, "--tasks", "passkey,multikey", "--lengths", "1200,1600", "--trials", 3,
+    report = run("eval", "--model", converted, "--data", text, "--tasks", "passkey,multikey,variable-tracking", "--lengths", "1200,1600", "--trials", 3,
                  "--attention", "dense,sparse", "--json")
-    for task in ("passkey", "multikey"):
+    for task in ("passkey", "multikey", "variable-tracking"):
         for mode in ("dense", "sparse"):
             assert {length: total for length, (_, total) in report[task][mode].items()} == {"1200": 3, "1600": 3}
+            assert all(0 <= share <= 1 for share in report["found"][task][mode].values())
+    chain = report["trials"]["variable-tracking"]["dense"][0]
+    assert len(chain["answers"]) == 5 and chain["hit"] == all(name in chain["answer"] for name in chain["answers"])
     assert report["prompt_tokens"]["sparse"]["computed"] < report["prompt_tokens"]["sparse"]["total"]
 
 

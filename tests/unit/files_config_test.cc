@@ -159,6 +159,12 @@ TEST(Config, ReadsAnIndexBranch) {
   EXPECT_ERROR(parse_with(R"({"layer_types":["full_attention"]})"), "layer_types");
   EXPECT_ERROR(parse_with(R"({"layer_types":["full_attention","sliding_attention"]})"), "sliding_attention");
   EXPECT_EQ(parse(with(R"("index_init_blocks":2)")).index_init_blocks, 2);
+  EXPECT_EQ(parse(with(R"("index_value_dim":48)")).index_value_dim, 48);
+  EXPECT_ERROR(parse(with(R"("index_value_dim":24)")), "index_value_dim");
+  EXPECT_ERROR(parse(with(R"("index_value_dim":272)")), "index_value_dim");
+  EXPECT_ERROR(parse(R"({"index_value_dim":16})"), "no layer is sparse");
+  EXPECT_TRUE(parse(R"({"attention_sink":true})").attention_sink);
+  EXPECT_ERROR(parse(R"({"attention_sink":1})"), "attention_sink");
 }
 
 TEST(Config, RefusesByName) {
@@ -209,6 +215,13 @@ TEST(Config, WritingTouchesOnlyWhatChanged) {
   EXPECT_EQ(document["rope_theta"], 1e5);
   EXPECT_FALSE(document.contains("rope_parameters"));
   EXPECT_EQ(to_json(parse_model_config(written, "written")), written);
+
+  config.index_value_dim = 16;
+  config.attention_sink = true;
+  const Json ablated = parse_json(to_json(config), "written");
+  EXPECT_EQ(ablated["index_value_dim"], 16);
+  EXPECT_EQ(ablated["attention_sink"], true);
+  EXPECT_FALSE(document.contains("attention_sink"));
 
   config.rope.theta = 2e5;
   const Json rope = parse_json(to_json(config), "written");

@@ -84,6 +84,156 @@ TEST(Decoder, CachedPassesEqualPackedOnes) {
   }
 }
 
+files::ModelConfig ablated_config() {
+  files::ModelConfig config = tiny_config();
+  config.index_value_dim = 48;
+  config.attention_sink = true;
+  return config;
+}
+
+TEST(Decoder, AblationsOnTheCacheEqualPackedOnes) {
+  const c10::NoGradGuard no_grad;
+  Decoder decoder = Decoder::create(ablated_config(), 1);
+  for (std::int64_t layer = 0; layer < 3; ++layer) {
+    decoder.parameter("model.layers." + std::to_string(layer) + ".self_attn.sinks").uniform_(-1, 3);
+  }
+  const at::Tensor tokens = random_tokens(131, 61, 1);
+  for (const AttentionMode mode :
+       {AttentionMode::kSparse, AttentionMode::kDense, AttentionMode::kWindow, AttentionMode::kOracle}) {
+    ForwardOptions options;
+    options.attention.mode = mode;
+    const at::Tensor whole = decoder.forward(tokens, bounds_of({0, 131}), options).hidden;
+    for (const std::int64_t chunk : {1, 16, 100}) {
+      EXPECT_LE(relative_error(run_cached(decoder, tokens, chunk, 32, options), whole), kRounding)
+          << attention_mode_name(mode) << " chunk " << chunk;
+    }
+  }
+  // A cache asked for without index keys has them all the same where a value head needs them.
+  EXPECT_EQ(decoder.cache_shape(16, false).layers[0].index_dim, 32 + 48);
+  EXPECT_EQ(decoder.cache_shape(16, false).layers[1].index_dim, 0);
+}
+
+// One layer's attention with both ablations, from the inputs that the observer shows, by the plain formulas.
+TEST(Decoder, AblationsAreTheirFormulas) {
+  for (const AttentionMode mode : {AttentionMode::kSparse, AttentionMode::kDense}) {
+    files::ModelConfig config = ablated_config();
+    config.num_hidden_layers = 1;
+    config.layer_types.resize(1);
+    config.index_topk_blocks.resize(1);
+    config.intermediate_size = 1;
+    Decoder decoder = Decoder::create(config, 4);
+    const std::string prefix = "model.layers.0.";
+    {
+      const c10::NoGradGuard no_grad;
+      decoder.parameter(prefix + "self_attn.sinks").uniform_(-1, 3);
+      decoder.parameter(prefix + "mlp.down_proj.weight").zero_();  // what is left is the attention
+    }
+    for (auto& [name, tensor] : decoder.named_parameters()) decoder.parameter(name).set_requires_grad(true);
+    const auto weight = [&](const std::string& name) { return decoder.parameter(prefix + "self_attn." + name); };
+    const at::Tensor tokens = random_tokens(70, 61, 6);
+    ForwardOptions options;
+    options.attention.mode = mode;
+    LayerView seen;
+    options.observer = [&](const LayerView& view) { seen = view; };
+    const at::Tensor hidden = decoder.forward(tokens, bounds_of({0, 70}), options).hidden;
+
+    // mask [groups, T, T]: what a row of a group sees
+    at::Tensor mask = at::zeros({3, 70, 70}, at::kBool);
+    for (std::int64_t group = 0; group < 3; ++group) {
+      for (std::int64_t row = 0; row < 70; ++row) {
+        if (!seen.blocks.defined()) mask[group][row].narrow(0, 0, row + 1).fill_(true);
+        for (std::int64_t slot = 0; seen.blocks.defined() && slot < 2; ++slot) {
+          const std::int64_t block = seen.blocks[group][row][slot].item<std::int64_t>();
+          if (block < 0) continue;
+          const std::int64_t begin = 16 * block, end = std::min<std::int64_t>(begin + 16, row + 1);
+          mask[group][row].narrow(0, begin, end - begin).fill_(true);
+        }
+      }
+    }
+    const at::Tensor outside = mask.logical_not();
+    constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+    const at::Tensor scores = at::einsum("qhd,khd->hqk", {seen.q, seen.k.repeat_interleave(2, 1)}) / 4.0;
+    const at::Tensor masked = scores.masked_fill(outside.repeat_interleave(2, 0), kMinusInfinity);
+    const at::Tensor with_sink = at::cat({masked, weight("sinks").view({6, 1, 1}).expand({6, 70, 1})}, -1);
+    const at::Tensor share = with_sink.softmax(-1).narrow(-1, 0, 70);
+    const at::Tensor main = at::einsum("hqk,khd->qhd", {share, seen.v.repeat_interleave(2, 1)}).flatten(1);
+    const at::Tensor index = at::einsum("qgd,kd->gqk", {seen.q_idx, seen.k_idx}) / std::sqrt(32.0);
+    const at::Tensor v_idx = at::linear(seen.x.detach(), weight("indexer.v_proj.weight"));
+    const at::Tensor added =
+        at::einsum("gqk,kd->qgd", {index.masked_fill(outside, kMinusInfinity).softmax(-1), v_idx}).flatten(1);
+    const at::Tensor attended =
+        at::linear(main, weight("o_proj.weight")) + at::linear(added, weight("indexer.o_proj.weight"));
+    const at::Tensor expected =
+        rms_norm(at::embedding(decoder.parameter("model.embed_tokens.weight"), tokens) + attended,
+                 decoder.parameter("model.norm.weight"), config.rms_norm_eps, false);
+    EXPECT_LE(relative_error(hidden.detach(), expected.detach()), kRounding) << attention_mode_name(mode);
+
+    // The same gradients: the naive graph hangs on the same leaves.
+    std::vector<at::Tensor> gradients;
+    const at::Tensor weights = at::randn({70, 96}, at::kFloat);
+    for (const at::Tensor& result : {hidden, expected}) {
+      for (const auto& [name, tensor] : decoder.named_parameters()) tensor.mutable_grad() = at::Tensor();
+      (result * weights).sum().backward({}, /*retain_graph=*/true);
+      for (const char* name : {"sinks", "indexer.v_proj.weight", "indexer.o_proj.weight", "indexer.q_proj.weight",
+                               "indexer.k_proj.weight", "q_proj.weight", "v_proj.weight", "o_proj.weight"}) {
+        ASSERT_TRUE(weight(name).grad().defined()) << name;
+        gradients.push_back(weight(name).grad().clone());
+      }
+    }
+    for (std::size_t i = 0; i < gradients.size() / 2; ++i) {
+      EXPECT_LE(relative_error(gradients[i], gradients[gradients.size() / 2 + i]), 10 * kRounding) << i;
+    }
+  }
+}
+
+TEST(Decoder, AblationsSurviveACheckpoint) {
+  const c10::NoGradGuard no_grad;
+  const TemporaryDirectory directory("ablations");
+  const Decoder decoder = Decoder::create(ablated_config(), 1);
+  decoder.save(directory.path());
+  const Decoder again = Decoder::load(directory.path());
+  EXPECT_EQ(again.config().index_value_dim, 48);
+  EXPECT_TRUE(again.config().attention_sink);
+  const auto before = decoder.named_parameters(), after = again.named_parameters();
+  ASSERT_EQ(before.size(), after.size());
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT_EQ(before[i].first, after[i].first);
+    EXPECT_TRUE(at::equal(before[i].second, after[i].second)) << before[i].first;
+  }
+}
+
+TEST(Decoder, AblationsAddedToAModelStartWithoutEffect) {
+  const c10::NoGradGuard no_grad;
+  const TemporaryDirectory directory("added");
+  const at::Tensor tokens = random_tokens(80, 61, 1);
+  Decoder decoder = Decoder::create(tiny_config(), 1);
+  const at::Tensor before = decoder.forward(tokens, bounds_of({0, 80}), {}).hidden;
+  decoder.add_index_values(16, 3);
+  EXPECT_TRUE(at::equal(decoder.forward(tokens, bounds_of({0, 80}), {}).hidden, before));
+  decoder.add_index_values(16, 4);  // on already
+  decoder.add_attention_sinks();
+  // A sink takes exp(-8 - lse) of a row. Small weights make all scores nearly 0, so lse is at least that, and each of
+  // three layers loses no more of what it adds.
+  files::ModelConfig small_config = tiny_config();
+  small_config.initializer_range = 0.02;
+  Decoder small = Decoder::create(small_config, 1);
+  const at::Tensor small_before = small.forward(tokens, bounds_of({0, 80}), {}).hidden;
+  small.add_attention_sinks();
+  const double effect = relative_error(small.forward(tokens, bounds_of({0, 80}), {}).hidden, small_before);
+  EXPECT_GT(effect, 0);
+  EXPECT_LE(effect, 3 * std::exp(-8.0));
+  decoder.save(directory.path());
+  EXPECT_EQ(Decoder::load(directory.path()).named_parameters().size(), decoder.named_parameters().size());
+  EXPECT_NE(message_of([&] { decoder.add_index_values(32, 3); }).find("index value head of dimension 16, not 32"),
+            std::string::npos);
+  Decoder fresh = Decoder::create(tiny_config(), 1);
+  EXPECT_NE(message_of([&] { fresh.add_index_values(24, 3); }).find("index_value_dim"), std::string::npos);
+  files::ModelConfig dense = tiny_config();
+  dense.layer_types.assign(3, files::AttentionType::kFull);
+  Decoder without = Decoder::create(dense, 1);
+  EXPECT_NE(message_of([&] { without.add_index_values(16, 3); }).find("no layer is sparse"), std::string::npos);
+}
+
 TEST(Decoder, ModesDiffer) {
   const c10::NoGradGuard no_grad;
   const Decoder decoder = Decoder::create(tiny_config(), 1);

@@ -229,7 +229,7 @@ TEST(Passkey, TrialsHoldTheirKeyAndShareTheirBeginnings) {
   ASSERT_EQ(trials.size(), 10U);
   std::set<double> depths;
   for (const Trial& trial : trials) {
-    EXPECT_EQ(static_cast<std::int64_t>(trial.prompt.size()), trial.length - kAnswerTokens);
+    EXPECT_EQ(static_cast<std::int64_t>(trial.prompt.size()), trial.length - answer_tokens(RetrievalTask::kPasskey));
     const std::string text(trial.prompt.begin(), trial.prompt.end());
     EXPECT_NE(text.find("The pass key is " + trial.key + "."), std::string::npos);
     EXPECT_EQ(trial.key.size(), 5U);
@@ -266,6 +266,61 @@ TEST(Passkey, SharedCacheGivesTheAnswersOfFreshOnes) {
   for (std::size_t i = 0; i < trials.size(); ++i) {
     EXPECT_EQ(run_trials(decoder, {trials[i]}, options).results[0].answer, together.results[i].answer);
   }
+}
+
+TEST(VariableTracking, ChainsAreCompleteAndInOrder) {
+  const TextTools tools = make_byte_tools();
+  const Tokens filler(8192, 'x');
+  const std::vector<Trial> trials = make_trials(RetrievalTask::kVariableTracking, tools, filler, {2048, 1024}, 4, 3);
+  ASSERT_EQ(trials.size(), 8U);
+  for (const Trial& trial : trials) {
+    EXPECT_EQ(static_cast<std::int64_t>(trial.prompt.size()),
+              trial.length - answer_tokens(RetrievalTask::kVariableTracking));
+    const std::string text(trial.prompt.begin(), trial.prompt.end());
+    ASSERT_EQ(trial.answers.size(), 5U);
+    std::string value = trial.key;
+    std::size_t last = 0;
+    for (const std::string& name : trial.answers) {
+      const std::size_t link = text.find("\nVAR " + name + " = " + value + "\n");
+      ASSERT_NE(link, std::string::npos) << name;
+      EXPECT_GT(link, last);
+      last = link;
+      value = "VAR " + name;
+    }
+    EXPECT_EQ(std::set<std::string>(trial.answers.begin(), trial.answers.end()).size(), 5U);
+    EXPECT_LT(last, text.find("assigned the value " + trial.key));
+    EXPECT_TRUE(trial.depth >= 0 && trial.depth <= 0.2);
+  }
+  EXPECT_EQ(trials[0].answers, trials[4].answers);  // the same chain at both lengths
+  EXPECT_NE(trials[0].answers, trials[1].answers);
+  EXPECT_EQ(make_trials(RetrievalTask::kVariableTracking, tools, filler, {1024}, 1, 3)[0].prompt, trials[0].prompt);
+  EXPECT_THROW(make_trials(RetrievalTask::kVariableTracking, tools, filler, {256}, 1, 3), Error);
+}
+
+TEST(VariableTracking, CountsTheNamesFound) {
+  const Decoder decoder = Decoder::create(tiny_config(true), 11);
+  const std::vector<Trial> trials =
+      make_trials(RetrievalTask::kVariableTracking, make_byte_tools(), Tokens(1024, 'x'), {700}, 3, 3);
+  TrialOptions options;
+  options.max_answer = 2;
+  std::size_t named = 0;  // the answer says so many names of the trial's chain
+  std::size_t current = 0;
+  options.decode = [&](const Tokens& tokens) {
+    EXPECT_EQ(tokens.size(), 2U);
+    std::string text;
+    for (std::size_t i = 0; i < named; ++i) text += trials[current].answers[i] + ", ";
+    return text;
+  };
+  for (current = 0; current < 3; ++current) {
+    named = current == 2 ? 5 : 3;
+    const TrialRun run = run_trials(decoder, {trials[current]}, options);
+    EXPECT_EQ(run.results[0].hit, named == 5);
+    EXPECT_DOUBLE_EQ(run.results[0].found, static_cast<double>(named) / 5);
+    EXPECT_EQ(run.tally.at(700).hits, named == 5 ? 1 : 0);
+    EXPECT_DOUBLE_EQ(run.tally.at(700).found, static_cast<double>(named) / 5);
+  }
+  EXPECT_EQ(parse_retrieval_task("variable-tracking"), RetrievalTask::kVariableTracking);
+  EXPECT_STREQ(retrieval_task_name(RetrievalTask::kVariableTracking), "variable-tracking");
 }
 
 TEST(Budget, ParsesAndSpreads) {
@@ -428,7 +483,7 @@ TEST(Train, FromScratchSparseFollowsDense) {
   std::vector<double> last;
   for (const bool dense : {true, false}) {
     TrainOptions options = tiny_options({});
-    options.dense = dense;
+    options.attention = dense ? AttentionMode::kDense : AttentionMode::kSparse;
     options.batch = 2;
     options.stages = {{false, 20}, {true, 20}};
     double first = 0, final = 0;
@@ -445,6 +500,80 @@ TEST(Train, FromScratchSparseFollowsDense) {
   EXPECT_NEAR(last[0], last[1], 0.25);
 }
 
+// Each ablation that learns from the language-model loss, alone and together: trained from scratch, every parameter moves, and
+// a run that was stopped gives the same weights as one that was not.
+TEST(Train, AblationsFromScratchMoveAndResume) {
+  const Corpus corpus = tiny_corpus();
+  for (const auto& [value_dim, sink] : std::vector<std::pair<int, bool>>{{16, false}, {0, true}, {32, true}}) {
+    files::ModelConfig config = tiny_config(true);
+    config.index_value_dim = value_dim;
+    config.attention_sink = sink;
+    const auto run = [&](const std::filesystem::path& out, int stop_after, Decoder& decoder) {
+      TrainOptions options = tiny_options({});
+      options.stages = {{false, 3}, {true, 3}};
+      options.probe_every = 0;
+      options.out = out;
+      int steps = 0;
+      TrainHooks hooks;
+      hooks.on_step = [&](const StepRecord& record) {
+        EXPECT_TRUE(std::isfinite(record.loss));
+        ++steps;
+      };
+      hooks.should_stop = [&] { return steps == stop_after; };
+      return train(decoder, corpus, make_byte_tools(), 256, options, hooks);
+    };
+    const TemporaryDirectory whole_out, parts_out;
+    const Decoder before = Decoder::create(config, 5);
+    Decoder whole = Decoder::create(config, 5);
+    EXPECT_TRUE(run(whole_out.path(), -1, whole).finished);
+    Decoder first = Decoder::create(config, 5);
+    EXPECT_FALSE(run(parts_out.path(), 4, first).finished);
+    Decoder second = Decoder::create(config, 5);
+    EXPECT_TRUE(run(parts_out.path(), -1, second).finished);
+    const auto start = before.named_parameters(), end = whole.named_parameters(), resumed = second.named_parameters();
+    ASSERT_EQ(start.size(), end.size());
+    for (std::size_t i = 0; i < end.size(); ++i) {
+      EXPECT_FALSE(at::equal(start[i].second, end[i].second)) << end[i].first;
+      EXPECT_TRUE(at::equal(end[i].second, resumed[i].second)) << end[i].first;
+    }
+  }
+}
+
+TEST(Train, AFrozenBackboneKeepsValueHeadAndSinks) {
+  const Corpus corpus = tiny_corpus();
+  files::ModelConfig config = tiny_config(true);
+  config.index_value_dim = 16;
+  config.attention_sink = true;
+  Decoder decoder = Decoder::create(config, 5);
+  const Decoder before = Decoder::create(config, 5);
+  TrainOptions options = tiny_options({});
+  options.freeze_backbone = true;
+  options.stages = {{false, 3}, {true, 3}};
+  train(decoder, corpus, make_byte_tools(), 256, options, {});
+  const auto start = before.named_parameters(), end = decoder.named_parameters();
+  for (std::size_t i = 0; i < end.size(); ++i) {
+    EXPECT_EQ(at::equal(start[i].second, end[i].second), !Decoder::is_index_parameter(end[i].first)) << end[i].first;
+  }
+}
+
+TEST(Train, AFixedWindowTrainsWithoutAnIndex) {
+  const Corpus corpus = tiny_corpus();
+  Decoder decoder = Decoder::create(tiny_config(true), 5);
+  const Decoder before = Decoder::create(tiny_config(true), 5);
+  TrainOptions options = tiny_options({});
+  options.attention = AttentionMode::kWindow;
+  options.stages = {{true, 3}};
+  std::string stage;
+  TrainHooks hooks;
+  hooks.on_step = [&](const StepRecord& record) { stage = record.stage; };
+  train(decoder, corpus, make_byte_tools(), 256, options, hooks);
+  EXPECT_EQ(stage, "window");
+  const auto start = before.named_parameters(), end = decoder.named_parameters();
+  for (std::size_t i = 0; i < end.size(); ++i) {
+    EXPECT_EQ(at::equal(start[i].second, end[i].second), Decoder::is_index_parameter(end[i].first)) << end[i].first;
+  }
+}
+
 TEST(Train, RefusesWhatCannotBeTrained) {
   const Corpus corpus = tiny_corpus();
   Decoder dense = Decoder::create(tiny_config(false), 5);
@@ -459,6 +588,15 @@ TEST(Train, RefusesWhatCannotBeTrained) {
   options.stages = {};
   EXPECT_THROW(train(decoder, corpus, make_byte_tools(), 256, options, {}), Error);
   options.stages = {{false, 2}};
+  files::ModelConfig with_values = tiny_config(true);
+  with_values.index_value_dim = 16;
+  Decoder value_head = Decoder::create(with_values, 5);
+  options.freeze_backbone = false;
+  for (const AttentionMode mode : {AttentionMode::kDense, AttentionMode::kWindow, AttentionMode::kOracle}) {
+    options.attention = mode;  // without the index branch there are no values
+    EXPECT_THROW(train(value_head, corpus, make_byte_tools(), 256, options, {}), Error);
+  }
+  options.attention = AttentionMode::kSparse;
   options.context = 1 << 20;
   EXPECT_THROW(train(decoder, corpus, make_byte_tools(), 256, options, {}), Error);  // no window that long
 }

@@ -267,6 +267,7 @@ void read_index(const Reader& reader, const Reader& sparse, ModelConfig* config)
   config->index_init_blocks = read(5, 0, 0, kMaxPositions);
   config->index_qk_norm = reader.flag("index_qk_norm", true);
   config->index_rope_tiles = reader.integer("index_rope_tiles", 1, 1, kMaxIndexDim / 16);
+  config->index_value_dim = reader.integer("index_value_dim", 0, 0, kMaxHeadDim);
 
   const Json* const topk = reader.find("index_topk_blocks");
   if (topk != nullptr && topk->is_array() && !(m3 && sparse.has("sparse_topk_blocks"))) {
@@ -399,6 +400,7 @@ ModelConfig read_config(const Json& document, const std::string& origin) {
   } else {
     reader.require_flag("mlp_bias", false);
   }
+  config.attention_sink = reader.flag("attention_sink", false);
   config.qk_norm = m3 || config.model_type == "qwen3";
   config.gemma_norm = m3;
 
@@ -459,6 +461,7 @@ Json flatten(const ModelConfig& config) {
                {"tie_word_embeddings", config.tie_word_embeddings},
                {"rope_parameters", flatten_rope(config)},
                {"hidden_act", "silu"},
+               {"attention_sink", config.attention_sink},
                {"bos_token_id", optional_id(config.bos_token_id)},
                {"pad_token_id", optional_id(config.pad_token_id)}};
   if (config.eos_token_ids.empty()) {
@@ -488,6 +491,7 @@ Json flatten(const ModelConfig& config) {
     flat["index_init_blocks"] = config.index_init_blocks;
     flat["index_qk_norm"] = config.index_qk_norm;
     flat["index_rope_tiles"] = config.index_rope_tiles;
+    flat["index_value_dim"] = config.index_value_dim;
   }
   if (config.is_minimax_m3()) {
     Json mlp_types = Json::array();
@@ -575,6 +579,8 @@ void validate(const ModelConfig& config, const std::string& origin) {
     check(config.index_block_size >= 16 && config.index_block_size <= 256 &&
               std::has_single_bit(static_cast<std::uint64_t>(config.index_block_size)),
           "index_block_size", std::to_string(config.index_block_size) + " must be a power of two from 16 to 256");
+    check(config.index_value_dim >= 0 && config.index_value_dim <= kMaxIndexDim && config.index_value_dim % 16 == 0,
+          "index_value_dim", std::to_string(config.index_value_dim) + " must be 0 or a multiple of 16 up to 256");
     check(config.index_local_blocks >= 0 && config.index_local_blocks <= kMaxPositions, "index_local_blocks",
           "must not be negative");
     check(config.index_init_blocks >= 0 && config.index_init_blocks <= kMaxPositions, "index_init_blocks",
@@ -587,6 +593,8 @@ void validate(const ModelConfig& config, const std::string& origin) {
             std::to_string(config.index_topk_blocks[i]) + " of layer " + std::to_string(i) + " must be from 1 to 64");
     }
   }
+  check(config.index_value_dim == 0 || config.has_sparse_layers(), "index_value_dim",
+        std::to_string(config.index_value_dim) + " asks for an index value head, but no layer is sparse");
   if (config.is_minimax_m3()) {
     check(config.mlp_layer_types.size() == layers, "mlp_layer_types", a_layer);
     in_range("num_local_experts", config.num_local_experts, kMaxExperts);

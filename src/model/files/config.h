@@ -75,6 +75,10 @@ struct ModelConfig {
   /// rotary_dim dimensions turn and the rest pass (MiniMax-M3).
   std::int64_t index_rope_tiles = 1;
 
+  // Ablations of the paper, both learned with the language-model loss (docs/training.md).
+  std::int64_t index_value_dim = 0;  // of the index branch's values, whose attention is added; 0: no index value head
+  bool attention_sink = false;       // a logit a query head that takes part in every softmax and has no value
+
   // Mixture of experts (MiniMax-M3 only; otherwise empty and zero).
   std::vector<MlpType> mlp_layer_types;       // one a layer
   std::int64_t num_local_experts = 0;         // routed experts
