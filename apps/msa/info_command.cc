@@ -56,11 +56,11 @@ void print_info(InfoOptions o) {
   info["backends"]["cuda"] = {{"available", false}, {"why", "built without CUDA"}};
   info["threads"] = std::thread::hardware_concurrency();
   info["dtypes"] = {"float32", "bfloat16", "float16"};
+  info["cache_dtypes"] = {"float32", "bfloat16", "float16", "float8_e4m3"};
   info["limits"] = {{"block_size", {kMinBlockSize, kMaxBlockSize}},
                     {"topk", {1, kMaxTopk}},
                     {"head_dim", {kHeadDimMultiple, kMaxHeadDim}}};
-  // The CPU kernels load every storage type as float and take every geometry on one path; there is nothing slower to
-  // fall back to.
+  // Every geometry takes the same path; what differs is the arithmetic of products, by storage type and instruction set.
   const std::string cpu_path = "cpu/" + active;
   info["shape"] = {{"query_heads", o.query_heads}, {"kv_heads", o.kv_heads},   {"head_dim", o.head_dim},
                    {"value_dim", o.value_dim},     {"index_dim", o.index_dim}, {"block_size", o.block_size},
@@ -69,7 +69,13 @@ void print_info(InfoOptions o) {
                          "dense_attention_backward", "index_kl", "index_kl_backward", "selection_recall"}) {
     info["paths"][op] = cpu_path;
   }
-  info["screening"] = "not in this version: MSA_SCREEN is accepted, both settings take the exact path";
+  const bool has_amx = active == "amx";
+  const bool has_bf16_dots = has_amx || active == "avx512_bf16";
+  const bool has_int8_dots = has_bf16_dots || active == "avx512_vnni";
+  info["products"] = {{"bfloat16", has_amx ? "bf16, AMX tiles" : has_bf16_dots ? "bf16, vdpbf16ps" : "float32"},
+                      {"float32, float16", "float32"}};
+  info["screening"] = has_int8_dots ? "int8 first, then the candidates exactly, from 128 rows a call on; MSA_SCREEN=0 or 1 forces a path"
+                                    : "off: this instruction set has no int8 dot products; MSA_SCREEN=1 forces it";
 
   if (o.json) {
     fmt::print("{}\n", info.dump(2));
@@ -82,7 +88,9 @@ void print_info(InfoOptions o) {
   fmt::print("  backend reference  scalar float64, the executable specification\n");
   fmt::print("  backend cuda       not in this build\n");
   fmt::print("  threads            {}\n", std::thread::hardware_concurrency());
-  fmt::print("  storage types      float32, bfloat16, float16; float32 accumulation\n");
+  fmt::print("  storage types      float32, bfloat16, float16, keys and values also float8_e4m3; float32 accumulation\n");
+  fmt::print("  products           of bfloat16 {}; of other types float32\n", info["products"]["bfloat16"].get<std::string>());
+  fmt::print("  screening          {}\n", info["screening"].get<std::string>());
   fmt::print("  geometry           block size {}..{} (powers of two), topk 1..{}, head dimensions {}..{} by {}\n",
              kMinBlockSize, kMaxBlockSize, kMaxTopk, kHeadDimMultiple, kMaxHeadDim, kHeadDimMultiple);
   fmt::print("\nPath of {} query / {} kv heads, head dim {}, value dim {}, index dim {}, block size {}, topk {}:\n",

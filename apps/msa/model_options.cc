@@ -19,6 +19,12 @@ void ModelOptions::add_to(CLI::App& command) {
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
   command
+      .add_option("--cache-dtype", cache_dtype,
+                  "Type of the paged cache (text that is generated, logits, retrieval tasks): that of the model, or "
+                  "float8_e4m3, a quarter of float32's memory")
+      ->check(CLI::IsMember({"model", "float8_e4m3"}))
+      ->capture_default_str();
+  command
       .add_option("--local-blocks", local_blocks,
                   "Last blocks that are always taken, in place of the model's own number")
       ->check(CLI::Range(std::int64_t{0}, kMaxTopk));
@@ -30,6 +36,7 @@ void ModelOptions::add_to(CLI::App& command) {
 
 model::Decoder ModelOptions::load() const {
   model::Decoder decoder = model::Decoder::load(directory, scalar_type());
+  if (cache_dtype == "float8_e4m3") decoder.use_float8_cache();
   files::ModelConfig& config = decoder.mutable_config();
   config.index_local_blocks = local_blocks.value_or(config.index_local_blocks);
   config.index_init_blocks = init_blocks.value_or(config.index_init_blocks);

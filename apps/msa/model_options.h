@@ -13,10 +13,11 @@
 
 namespace msa::app {
 
-/// --model, --dtype, and the blocks that are forced.
+/// --model, --dtype, --cache-dtype, and the blocks that are forced.
 struct ModelOptions {
   std::string directory;
   std::string dtype = "float32";
+  std::string cache_dtype = "model";
   std::optional<std::int64_t> local_blocks, init_blocks;  // absent: the model's own
 
   void add_to(CLI::App& command);

@@ -118,6 +118,7 @@ struct Decoder::Impl {
 
   void bind();
   at::Tensor& find(const std::string& name);
+  bool has_float8_cache = false;
   at::ScalarType dtype() const { return parameters.at("model.embed_tokens.weight").scalar_type(); }
   at::Tensor norm(const at::Tensor& x, const at::Tensor* weight) const {
     return weight == nullptr ? x : rms_norm(x, *weight, config.rms_norm_eps, config.gemma_norm);
@@ -479,11 +480,13 @@ ForwardResult Decoder::forward_cached(const at::Tensor& tokens, cache::PagedCach
   return result;
 }
 
+void Decoder::use_float8_cache() { impl_->has_float8_cache = true; }
+
 cache::CacheShape Decoder::cache_shape(std::int64_t page_size, bool with_index_keys) const {
   const ModelConfig& config = impl_->config;
   cache::CacheShape shape;
   shape.page_size = page_size;
-  shape.dtype = shape.index_dtype = cache_dtype(impl_->dtype());
+  shape.dtype = shape.index_dtype = impl_->has_float8_cache ? DType::kFloat8E4M3 : cache_dtype(impl_->dtype());
   for (const Layer& layer : impl_->layers) {
     const bool has_index = layer.has_index() && (with_index_keys || layer.has_index_values());
     const std::int64_t row = config.index_head_dim + (layer.has_index_values() ? config.index_value_dim : 0);

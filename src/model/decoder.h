@@ -123,6 +123,8 @@ class Decoder {
   /// Layer shapes for a cache of this model. Without index keys, the cache serves every mode but kSparse. Index values
   /// lie behind the index key in one row of index_dim + index_value_dim; a layer with a value head always has it.
   cache::CacheShape cache_shape(std::int64_t page_size, bool with_index_keys = true) const;
+  /// Caches of this model hold keys, values and index keys as float8: a quarter or half of the memory, rounded.
+  void use_float8_cache();
 
   /// hidden [N, hidden] -> float32 logits [N, vocab].
   at::Tensor logits(const at::Tensor& hidden) const;
