@@ -160,6 +160,12 @@ HWY_ATTR void product_add(std::int64_t rows, std::int64_t cols, std::int64_t inn
   for (; j + kTileVecs * lanes <= cols; j += kTileVecs * lanes) {
     product_add_rows<kTileVecs>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
   }
+  if constexpr (kTileVecs == 4) {
+    if (j + 2 * lanes <= cols) {
+      product_add_rows<2>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
+      j += 2 * lanes;
+    }
+  }
   for (; j < cols; j += lanes) product_add_rows<1>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
 }
 
