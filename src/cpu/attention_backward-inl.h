@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of sparse and dense attention in one pass over (block, query) visits. A task owns a chunk of queries of one kv
-// head and goes through the key blocks in ascending order, each with the rows that attend to it, tile by tile: scores and dP
-// once, from them dq of the rows (the task's own) and dk, dv of the block, which are added to those of the other chunks in a
-// fixed order (ordered_sums.h). docs/backward.md derives the cost. Tested in tests/unit/sparse_attention_test.cc and
-// dense_attention_test.cc.
+// Backward of sparse and dense attention in one pass over (block, query) visits. A task owns a chunk of queries of one
+// kv head and goes through the key blocks in ascending order, each with the rows that attend to it, tile by tile:
+// scores and dP once (in float32 scores twice), from them dq of the rows (the task's own) and dk, dv of the block,
+// which are added to those of the other chunks in a fixed order (ordered_sums.h). docs/backward.md derives the cost.
+// Tested in tests/unit/sparse_attention_test.cc and dense_attention_test.cc.
 //
 // With P = e^(scale S - lse), S = Q K^T, and dP = dO V^T:  dS = P (dP - <dO, O> + dlse),
 // dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
@@ -28,6 +28,7 @@
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/ordered_sums.h"
 #include "src/cpu/row_ops-inl.h"
+#include "src/cpu/softmax-inl.h"
 #include "src/cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -42,15 +43,15 @@ inline HWY_ATTR void differentiate_row(std::int64_t visible, std::int64_t column
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto s = hn::Set(df, scale);
   const auto shift = hn::Set(df, terms.shift);
+  const auto weight = hn::Set(df, terms.weight);
   const auto mean = hn::Set(df, terms.mean);
   const auto lse_grad = hn::Set(df, terms.lse_grad);
   // Scaled and rounded before the subtraction, as in the forward: the probability of an only key is exactly 1.
   const auto find_p = [&](std::int64_t j) HWY_ATTR {
-    return exp_lanes(hn::Sub(hn::Mul(hn::LoadU(df, scores + j), s), shift));
+    return hn::Mul(exp_lanes(hn::Sub(hn::Mul(hn::LoadU(df, scores + j), s), shift)), weight);
   };
-  const auto find_ds = [&](std::int64_t j, FloatVec p) HWY_ATTR {
-    return hn::Mul(p, hn::Add(hn::Sub(hn::LoadU(df, grads + j), mean), lse_grad));
-  };
+  const auto find_ds = [&](std::int64_t j, FloatVec p)
+                           HWY_ATTR { return hn::Mul(p, hn::Add(hn::Sub(hn::LoadU(df, grads + j), mean), lse_grad)); };
   std::int64_t j = 0;
   for (; j + lanes <= visible; j += lanes) {
     const auto p = find_p(j);
@@ -85,6 +86,7 @@ class ChunkBackward {
         key_rows_(problem.k, *problem.batch),
         value_rows_(problem.v, *problem.batch),
         terms_(reinterpret_cast<RowTerms*>(scratch + layout.terms)),
+        totals_(reinterpret_cast<double*>(scratch + layout.totals)),
         query_grads_(scratch + layout.query_grads),
         keys_(scratch + layout.keys),
         keys_t_(scratch + layout.keys_t),
@@ -98,12 +100,15 @@ class ChunkBackward {
     std::fill(query_grads_, query_grads_ + rows_.count * shape.head_dim, 0.0f);
   }
 
-  HWY_ATTR void find_terms() { find_row_terms(problem_.saved, rows_, terms_); }
+  HWY_ATTR void find_terms() {
+    find_row_terms(problem_.saved, rows_, terms_);
+    if (problem_.q.dtype == DType::kFloat32) find_sums();
+  }
 
   bool has_members(std::int64_t block) const { return block < lists_.blocks() && lists_.count(block) > 0; }
 
-  /// Adds a block to the dq of its members, and what they give to its dk (unscaled) and dv to `part`, [block_size, head_dim]
-  /// and [block_size, value_dim].
+  /// Adds a block to the dq of its members, and what they give to its dk (unscaled) and dv to `part`, [block_size,
+  /// head_dim] and [block_size, value_dim].
   HWY_ATTR void add_block(std::int64_t block, float* part) {
     const std::int32_t* members = lists_.members(block);
     const std::int64_t count = lists_.count(block);
@@ -147,6 +152,56 @@ class ChunkBackward {
                          values_t_, block_stride_);
   }
 
+  // The rounding of a float32 lse moves all probabilities of a row together by as much as the scores' rounding moves
+  // each: too much for float32 tensors, whose sums would average the latter away, and nothing for narrower ones. So
+  // there the maximum and the sum of the exponentials are found once more, for one product in six.
+  HWY_ATTR void find_sums() {
+    std::fill(totals_, totals_ + rows_.count, 0.0);
+    for (std::int64_t r = 0; r < rows_.count; ++r) terms_[r].shift = kNegativeInfinity;
+    const std::int64_t tile_queries = backward_tile_queries(shape_.group_size);
+    for (std::int64_t block = 0; block < lists_.blocks(); ++block) {
+      const std::int64_t count = lists_.count(block);
+      if (count == 0) continue;
+      const std::int32_t* members = lists_.members(block);
+      const std::int64_t keys = lists_.visible_keys(members[count - 1], block);
+      load_keys_transposed(key_rows_, problem_.k.dtype, sequence_.index, kv_head_, block * shape_.block_size, keys,
+                           shape_.head_dim, keys_t_, block_stride_);
+      for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
+        add_sums(block, keys, members + t0, std::min(tile_queries, count - t0));
+      }
+    }
+    for (std::int64_t r = 0; r < rows_.count; ++r) {
+      terms_[r].shift = softmax_shift(terms_[r].shift);
+      terms_[r].weight = static_cast<float>(1.0 / totals_[r]);
+    }
+  }
+
+  HWY_ATTR void add_sums(std::int64_t block, std::int64_t keys, const std::int32_t* members, std::int64_t count) {
+    const std::int64_t group_size = shape_.group_size;
+    for (std::int64_t t = 0; t < count; ++t) {
+      for (std::int64_t h = 0; h < group_size; ++h) {
+        load_row(head_row(problem_.q, rows_.first_row + members[t], rows_.first_head + h), problem_.q.dtype,
+                 shape_.head_dim, queries_ + (t * group_size + h) * key_stride_);
+      }
+    }
+    product(count * group_size, padded_columns(keys), shape_.head_dim, queries_, key_stride_, 1, keys_t_, block_stride_,
+            scores_, block_stride_, false);
+    for (std::int64_t r = 0; r < count * group_size; ++r) {
+      const std::int64_t i = members[r / group_size];
+      const std::int64_t visible = lists_.visible_keys(i, block);
+      float* row = scores_ + r * block_stride_;
+      float& largest = terms_[i * group_size + r % group_size].shift;
+      double& total = totals_[i * group_size + r % group_size];
+      const float here = scale_and_max(row, visible, problem_.scale);
+      const float top = here > largest ? here : largest;
+      const float sum = exp_and_sum(row, visible, softmax_shift(here));
+      // e^(-inf) = 0 takes nothing along from before the first block.
+      total = total * static_cast<double>(exp_one(largest - softmax_shift(top))) +
+              static_cast<double>(sum) * static_cast<double>(exp_one(softmax_shift(here) - softmax_shift(top)));
+      largest = top;
+    }
+  }
+
   HWY_ATTR void load_tile(const std::int32_t* members, std::int64_t count) {
     for (std::int64_t t = 0; t < count; ++t) {
       const std::int64_t row = rows_.first_row + members[t];
@@ -178,8 +233,8 @@ class ChunkBackward {
                           scores_ + r * block_stride_, grads_ + r * block_stride_);
       }
     }
-    // Keys that a row does not see have P = dS = 0, which is as good as leaving them out, but for a 0 times infinity or NaN
-    // of somebody else's.
+    // Keys that a row does not see have P = dS = 0, which is as good as leaving them out, but for a 0 times infinity or
+    // NaN of somebody else's.
     if (least == most || (are_finite(keys_, key_stride_, most, shape_.head_dim) &&
                           are_finite(queries_, key_stride_, rows, shape_.head_dim) &&
                           are_finite(out_grads_, value_stride_, rows, shape_.value_dim))) {
@@ -217,17 +272,23 @@ class ChunkBackward {
     }
   }
 
-  // The block's keys [begin, end) and the tile's rows [first, last).
-  HWY_ATTR void add_key_grads(std::int64_t begin, std::int64_t end, std::int64_t first, std::int64_t last, float* part) {
+  // The block's keys [begin, end) and the tile's rows [first, last). Chains of 32 rows: one over a whole tile would
+  // lose more digits than a plain matrix product.
+  HWY_ATTR void add_key_grads(std::int64_t begin, std::int64_t end, std::int64_t first, std::int64_t last,
+                              float* part) {
+    const std::int64_t chain = std::max<std::int64_t>(1, 32 / shape_.group_size) * shape_.group_size;
     const std::int64_t head_dim = shape_.head_dim;
     const std::int64_t value_dim = shape_.value_dim;
-    const std::int64_t from = first * block_stride_ + begin;
     float* value_part = part + shape_.block_size * head_dim;
-    product_add(end - begin, head_dim, last - first, grads_ + from, 1, block_stride_, queries_ + first * key_stride_,
-                key_stride_, StridedRows<float>{part + begin * head_dim, head_dim});
-    product_add(end - begin, value_dim, last - first, scores_ + from, 1, block_stride_,
-                out_grads_ + first * value_stride_, value_stride_,
-                StridedRows<float>{value_part + begin * value_dim, value_dim});
+    for (std::int64_t next = 0; first < last; first = next) {
+      next = std::min(last, (first / chain + 1) * chain);
+      const std::int64_t from = first * block_stride_ + begin;
+      product_add(end - begin, head_dim, next - first, grads_ + from, 1, block_stride_, queries_ + first * key_stride_,
+                  key_stride_, StridedRows<float>{part + begin * head_dim, head_dim});
+      product_add(end - begin, value_dim, next - first, scores_ + from, 1, block_stride_,
+                  out_grads_ + first * value_stride_, value_stride_,
+                  StridedRows<float>{value_part + begin * value_dim, value_dim});
+    }
   }
 
   const BackwardProblem& problem_;
@@ -241,6 +302,7 @@ class ChunkBackward {
   core::KeyRows key_rows_;
   core::KeyRows value_rows_;
   RowTerms* terms_;
+  double* totals_;
   float* query_grads_;
   float* keys_;
   float* keys_t_;

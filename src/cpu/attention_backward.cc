@@ -67,8 +67,8 @@ void run_backward(const char* op, const Context& context, BackwardProblem proble
 
 }  // namespace
 
-void sparse_attention_backward(const Context& context, const SparseAttentionParams& params,
-                               const AttentionSaved& saved, const AttentionGrads& grads) {
+void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                               const AttentionGrads& grads) {
   run_backward("sparse_attention_backward", context,
                {params.q, params.k, params.v, params.blocks, &params.batch, static_cast<float>(*params.scale), saved,
                 grads, nullptr, false},

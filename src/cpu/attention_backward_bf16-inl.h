@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_backward-inl.h for bf16 tensors on machines with bf16 dot products: the same tasks and visits, with all five
-// products in bf16 and everything between them in float; P and dS are rounded to bf16 before they meet values, queries and
-// keys. Sums over rows are made transposed, [dim, keys]: so the gradients are the operand that is packed, row by row as they
-// arise, and the queries the one that is turned round. Tested in tests/unit/sparse_attention_test.cc and
-// dense_attention_test.cc.
+// attention_backward-inl.h for bf16 tensors on machines with bf16 dot products: the same tasks and visits, with all
+// five products in bf16 and everything between them in float; P and dS are rounded to bf16 before they meet values,
+// queries and keys. Sums over rows are made transposed, [dim, keys]: so the gradients are the operand that is packed,
+// row by row as they arise, and the queries the one that is turned round. Tested in tests/unit/sparse_attention_test.cc
+// and dense_attention_test.cc.
 #if defined(MSA_CPU_ATTENTION_BACKWARD_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BACKWARD_BF16_INL_H_
 #undef MSA_CPU_ATTENTION_BACKWARD_BF16_INL_H_
@@ -35,11 +35,12 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// 32 rows of bf16, `stride` apart, become columns: element d of row r at out[d * out_stride + r]; dim a multiple of 16.
+/// 32 rows of bf16, `stride` apart, become columns: element d of row r at out[d * out_stride + r]; dim a multiple
+/// of 16.
 inline HWY_ATTR void transpose_32_rows(const std::uint16_t* HWY_RESTRICT rows, std::int64_t stride, std::int64_t dim,
                                        std::uint16_t* HWY_RESTRICT out, std::int64_t out_stride) {
-  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
-                                        20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
   alignas(64) std::uint32_t words[2][16 * 16];  // pairs of 16 rows, turned round
   for (std::int64_t d = 0; d < dim; d += 32) {
@@ -177,8 +178,8 @@ class Bf16ChunkBackward {
     const std::int64_t least = lists_.visible_keys(members[0], block);
     const std::int64_t most = lists_.visible_keys(members[count - 1], block);
     load_tile(members, count);
-    // Keys that a row does not see have P = dS = 0, which is as good as leaving them out, but for a 0 times infinity or NaN
-    // of somebody else's.
+    // Keys that a row does not see have P = dS = 0, which is as good as leaving them out, but for a 0 times infinity or
+    // NaN of somebody else's.
     const bool may_touch_keys = has_finite_keys || least == keys;
     const bool may_touch_rows = least == most || (are_finite_bf16(queries_, head_inner_, rows, shape_.head_dim) &&
                                                   are_finite_bf16(out_grads_, value_inner_, rows, shape_.value_dim));
@@ -201,7 +202,8 @@ class Bf16ChunkBackward {
       add_key_grads(rows, 0, most, part);
       return;
     }
-    std::int64_t begin = 0;  // keys from here on are seen by queries t, t + 1, ... only; what the others hold is cleared
+    std::int64_t begin =
+        0;  // keys from here on are seen by queries t, t + 1, ... only; what the others hold is cleared
     for (std::int64_t t = 0; t < count; ++t) {
       const std::int64_t end = lists_.visible_keys(members[t], block);
       if (end > begin) add_key_grads(rows, begin, end, part);
@@ -322,8 +324,8 @@ class Bf16ChunkBackward {
 
   // Rows r and r + 1 of scores_ and grads_, which are rows tile_row and tile_row + 1 of the tile.
   HWY_ATTR void differentiate_pair(const Row* pair, std::int64_t r, std::int64_t tile_row, std::int64_t most) {
-    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
-                                         21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512 factor = _mm512_set1_ps(problem_.scale * kLog2E);
     std::uint16_t* rows = gradient_rows_ + tile_row * gradient_stride_;
     std::uint16_t* gradient_pairs = gradient_pairs_ + tile_row / 2 * key_pair_stride_;
@@ -358,7 +360,8 @@ class Bf16ChunkBackward {
 
   // dk and dv of keys [begin, end) from the tile's rows as they are.
   HWY_ATTR void add_key_grads(std::int64_t rows, std::int64_t begin, std::int64_t end, float* part) {
-    const auto add = [&](std::int64_t dim, const std::uint16_t* rows_t, const std::uint16_t* pairs, float* sum) HWY_ATTR {
+    const auto add = [&](std::int64_t dim, const std::uint16_t* rows_t, const std::uint16_t* pairs,
+                         float* sum) HWY_ATTR {
       multiply(dim, padded_columns(end), padded_inner(rows), rows_t, row_stride_, pairs, key_pair_stride_, products_,
                key_stride_);
       for (std::int64_t d = 0; d < dim; ++d) {

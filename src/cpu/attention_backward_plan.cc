@@ -47,6 +47,7 @@ BackwardLayout lay_out_backward(const AttentionShape& shape, std::int64_t blocks
   BackwardLayout layout;
   LayoutCursor cursor;
   layout.terms = cursor.take(floats_for(rows, sizeof(RowTerms)));
+  if (!shape.has_bf16_dots) layout.totals = cursor.take(floats_for(rows, sizeof(double)));
   layout.query_grads = cursor.take(rows * shape.head_dim);
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, blocks));
   if (shape.has_bf16_dots) {
@@ -70,8 +71,8 @@ std::string to_string(const BackwardPlan& plan) {
          std::to_string(plan.heads_at_once) + " heads at once, shared " + std::to_string(plan.shared_bytes) + " bytes";
 }
 
-BackwardPlan plan_attention_backward(const std::string& op, const AttentionShape& shape, const Batch& batch, int threads,
-                                     std::size_t workspace_limit) {
+BackwardPlan plan_attention_backward(const std::string& op, const AttentionShape& shape, const Batch& batch,
+                                     int threads, std::size_t workspace_limit) {
   BackwardPlan plan;
   plan.heads_at_once = shape.kv_heads;
   plan.worker_bytes = bytes_of(lay_out_backward(shape, count_blocks(batch, shape.block_size)).end);
@@ -79,8 +80,7 @@ BackwardPlan plan_attention_backward(const std::string& op, const AttentionShape
     const BackwardTasks work = list_backward_tasks(batch, shape.kv_heads, plan.heads_at_once, shape.block_size, false);
     const auto tasks = static_cast<std::int64_t>(work.tasks.size());
     plan.workers = static_cast<int>(std::clamp<std::int64_t>(tasks, 1, std::max(threads, 1)));
-    plan.shared_bytes =
-        bytes_of(work.sum_blocks * shape.block_size * (shape.head_dim + shape.value_dim));
+    plan.shared_bytes = bytes_of(work.sum_blocks * shape.block_size * (shape.head_dim + shape.value_dim));
   };
   measure();
   while (workspace_limit != 0 && plan.bytes() > workspace_limit) {

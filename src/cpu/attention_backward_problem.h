@@ -21,10 +21,11 @@ struct BackwardProblem {
   bool needs_amx_tiles = false;        ///< of the thread that calls multiply_bf16
 };
 
-/// What a row and head brings along: P = e^(scale S - shift), dS = P ((dP - mean) + lse_grad), in this order: a row that
-/// sees one key has dP = mean, and its dS is lse_grad to the last bit.
+/// What a row and head brings along: P = weight e^(scale S - shift), dS = P ((dP - mean) + lse_grad), in this order: a
+/// row that sees one key has dP = mean, and its dS is lse_grad to the last bit.
 struct RowTerms {
-  float shift = 0;     ///< the forward's lse
+  float shift = 0;     ///< the forward's lse; in float32 the row's largest scaled score
+  float weight = 1;    ///< in float32 1 / sum of e^(scale S - shift)
   float mean = 0;      ///< rowsum(P dP) = <dout, out>
   float lse_grad = 0;  ///< dlse
 };

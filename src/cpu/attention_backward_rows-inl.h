@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both kinds of attention's backward do a row at a time, before and after the blocks: the terms of a row from what the
-// forward saved, and its dq as it leaves. Tested through the operators.
+// What both kinds of attention's backward do a row at a time, before and after the blocks: the terms of a row from what
+// the forward saved, and its dq as it leaves. Tested through the operators.
 #if defined(MSA_CPU_ATTENTION_BACKWARD_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BACKWARD_ROWS_INL_H_
 #undef MSA_CPU_ATTENTION_BACKWARD_ROWS_INL_H_
@@ -59,6 +59,7 @@ inline HWY_ATTR void find_row_terms(const AttentionSaved& saved, const ChunkRows
       const std::int64_t row = rows.row(first + r);
       const std::int64_t head = rows.head(first + r);
       terms[first + r] = {.shift = read_float(saved.lse, row, head),
+                          .weight = 1.0f,
                           .mean = means[r],
                           .lse_grad = saved.dlse.empty() ? 0.0f : read_float(saved.dlse, row, head)};
     }

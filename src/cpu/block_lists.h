@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A chunk of queries turned round: for every key block the queries of the chunk that attend to it, ascending. A counting
-// sort of the (block, query) visits, done once; the backward kernels stream over keys with it, sparse and dense alike.
-// Tested in tests/unit/plan_test.cc and through the operators.
+// A chunk of queries turned round: for every key block the queries of the chunk that attend to it, ascending. A
+// counting sort of the (block, query) visits, done once; the backward kernels stream over keys with it, sparse and
+// dense alike. Tested in tests/unit/plan_test.cc and through the operators.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,8 @@ class BlockLists {
     const auto for_each_visit = [&](const auto& body) {
       for (std::int64_t i = 0; i < queries_; ++i) {
         const std::int32_t* row = block_row(blocks, group, sequence.query_begin + begin + i);
-        for (std::int64_t slot = 0; slot < topk && row[slot] >= 0; ++slot) body(static_cast<std::int32_t>(i), row[slot]);
+        for (std::int64_t slot = 0; slot < topk && row[slot] >= 0; ++slot)
+          body(static_cast<std::int32_t>(i), row[slot]);
       }
     };
     // ends_[b + 1] counts block b, then holds where its list goes on; when all is placed that is where it ends, and so

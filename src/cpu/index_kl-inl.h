@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys] tensor.
-// A task of the forward owns a few queries and one group and goes through their blocks twice, for the maxima and sums of the
-// softmaxes and for the divergence; score tiles of the first time are kept for the second as far as there is room. A task of
-// the backward owns many queries and goes through the blocks once, with the saved lse: Q - P of a tile and its products at
-// once. dq_idx is the task's own; dk_idx is summed over tasks in a fixed order (ordered_sums.h). docs/index-kl.md derives the
-// cost. Tested in tests/unit/index_kl_test.cc.
+// The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys]
+// tensor. A task of the forward owns a few queries and one group and goes through their blocks twice, for the maxima
+// and sums of the softmaxes and for the divergence; score tiles of the first time are kept for the second as far as
+// there is room. A task of the backward owns many queries and goes through the blocks once, with the saved lse: Q - P
+// of a tile and its products at once. dq_idx is the task's own; dk_idx is summed over tasks in a fixed order
+// (ordered_sums.h). docs/index-kl.md derives the cost. Tested in tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_INL_H_
 #undef MSA_CPU_INDEX_KL_INL_H_
@@ -34,7 +34,8 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// ln(x) of normal positive x, within 2 units in the last place; NaN of NaN. A lane's result depends on that lane alone.
+/// ln(x) of normal positive x, within 2 units in the last place; NaN of NaN. A lane's result depends on that lane
+/// alone.
 inline HWY_ATTR FloatVec log_lanes(FloatVec x) {
   const FloatTag df;
   const hn::RebindToSigned<FloatTag> di;
@@ -119,8 +120,8 @@ HWY_ATTR float sum_divergence(const float* rows, std::int64_t stride, const floa
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto term = [&](std::int64_t j) HWY_ATTR {
     const auto p = hn::Div(read_mass<kTeacher>(rows, stride, factors, heads, j), hn::Set(df, norm));
-    const auto log_q = hn::Sub(hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, index_largest)),
-                               hn::Set(df, index_log_total));
+    const auto log_q =
+        hn::Sub(hn::Sub(hn::LoadU(df, index_row + j), hn::Set(df, index_largest)), hn::Set(df, index_log_total));
     const auto divergence = hn::Mul(p, hn::Sub(log_lanes(p), log_q));
     // P ln P -> 0; subnormal P, which log_lanes does not take, weighs nothing either.
     return hn::IfThenZeroElse(hn::Lt(p, hn::Set(df, std::numeric_limits<float>::min())), divergence);
@@ -196,8 +197,8 @@ class KlChunk {
         const float* row = rows + h * tile_stride_;
         const float block_largest = row[shape_.block_size];
         const bool is_index = h == shape_.group_size;
-        const float block_total = is_index ? sum_of_exp(row, visible, softmax_shift(block_largest))
-                                           : row[shape_.block_size + 1];
+        const float block_total =
+            is_index ? sum_of_exp(row, visible, softmax_shift(block_largest)) : row[shape_.block_size + 1];
         float& largest = largest_[i * row_count_ + h];
         double& total = totals_[i * row_count_ + h];
         const float top = block_largest > largest ? block_largest : largest;
@@ -228,10 +229,10 @@ class KlChunk {
     std::fill(values, values + count_, 0.0);
     pass_queries(false, [&](std::int64_t i, std::int64_t visible, const float* rows) HWY_ATTR {
       const std::int64_t index = i * row_count_ + shape_.group_size;
-      values[i] += static_cast<double>(sum_divergence<kTeacher>(
-          rows, tile_stride_, find_factors(i, rows), shape_.group_size, norms_[i],
-          rows + shape_.group_size * tile_stride_, softmax_shift(largest_[index]),
-          static_cast<float>(std::log(totals_[index])), visible));
+      values[i] += static_cast<double>(
+          sum_divergence<kTeacher>(rows, tile_stride_, find_factors(i, rows), shape_.group_size, norms_[i],
+                                   rows + shape_.group_size * tile_stride_, softmax_shift(largest_[index]),
+                                   static_cast<float>(std::log(totals_[index])), visible));
     });
   }
 
@@ -255,8 +256,8 @@ class KlChunk {
   std::int64_t count() const { return count_; }
 
  private:
-  // Of a query and a block: row h < group_size of `rows` holds e^(score - block maximum) of head h, row group_size the scaled
-  // scores of the index; column block_size the row's maximum, the next one the sum of its exponentials.
+  // Of a query and a block: row h < group_size of `rows` holds e^(score - block maximum) of head h, row group_size the
+  // scaled scores of the index; column block_size the row's maximum, the next one the sum of its exponentials.
 
   // e^(block maximum - maximum) / sum: what a head's stored exponentials are to be multiplied by.
   HWY_ATTR const float* find_factors(std::int64_t i, const float* rows) {
@@ -306,7 +307,8 @@ class KlChunk {
     if (multiply_bf16_ != nullptr) {
       auto* rows = reinterpret_cast<std::uint16_t*>(queries);
       for (std::int64_t i = 0; i < count_; ++i) {
-        copy_bf16_rows(params_.q, first_row_ + i, group_ * heads, heads, rows + i * heads * padded_inner(shape_.head_dim));
+        copy_bf16_rows(params_.q, first_row_ + i, group_ * heads, heads,
+                       rows + i * heads * padded_inner(shape_.head_dim));
       }
       return;
     }
@@ -397,7 +399,7 @@ class KlChunk {
   }
 
   const IndexKlParams& params_;
-  Bf16Kernel multiply_bf16_;
+  [[maybe_unused]] Bf16Kernel multiply_bf16_;  // used on AVX-512 only
   const IndexKlShape& shape_;
   const IndexKlLayout& layout_;
   core::Sequence sequence_;
@@ -416,9 +418,8 @@ class KlChunk {
 };
 
 /// One task of the forward: saves lse and norms and writes values[row * kv_heads + group] = the row's KL.
-inline HWY_ATTR void run_index_kl(const IndexKlProblem& problem, const IndexKlShape& shape,
-                                  const IndexKlLayout& layout, const QueryChunk& chunk, std::int64_t group,
-                                  float* scratch, double* values) {
+inline HWY_ATTR void run_index_kl(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
+                                  const QueryChunk& chunk, std::int64_t group, float* scratch, double* values) {
   const IndexKlParams& params = problem.params;
 #if HWY_TARGET == HWY_AVX3
   std::optional<AmxTiles> tiles;
@@ -484,8 +485,8 @@ class KlChunkBackward {
 
   bool has_members(std::int64_t block) const { return block < lists_.blocks() && lists_.count(block) > 0; }
 
-  /// Adds a block to dq_idx of its members, and what they give to its dk_idx to `part`, [block_size, index_dim]; neither is
-  /// scaled.
+  /// Adds a block to dq_idx of its members, and what they give to its dk_idx to `part`, [block_size, index_dim];
+  /// neither is scaled.
   template <Teacher kTeacher>
   HWY_ATTR void add_block(std::int64_t block, float* part) {
     const std::int32_t* members = lists_.members(block);
@@ -526,8 +527,8 @@ class KlChunkBackward {
                          block_stride_);
   }
 
-  // At most kScoreRows queries that attend to the block: their index scores at once, those of the heads a few queries at a
-  // time.
+  // At most kScoreRows queries that attend to the block: their index scores at once, those of the heads a few queries
+  // at a time.
   template <Teacher kTeacher>
   HWY_ATTR void add_tile(std::int64_t block, const std::int32_t* members, std::int64_t count, float* part) {
     const std::int64_t least = lists_.visible_keys(members[0], block);
@@ -556,8 +557,8 @@ class KlChunkBackward {
                   block_stride_, index_queries_ + first * index_stride_, index_stride_,
                   StridedRows<float>{part + begin * shape_.index_dim, shape_.index_dim});
     };
-    // Keys that a query does not see have Q - P = 0, which is as good as leaving them out, but for a 0 times infinity or NaN
-    // of somebody else's.
+    // Keys that a query does not see have Q - P = 0, which is as good as leaving them out, but for a 0 times infinity
+    // or NaN of somebody else's.
     if (least == most || (are_finite(index_keys_, index_stride_, most, shape_.index_dim) &&
                           are_finite(index_queries_, index_stride_, count, shape_.index_dim))) {
       add_query_grads(0, count, most);
@@ -614,15 +615,15 @@ class KlChunkBackward {
             block_stride_, false);
     for (std::int64_t t = 0; t < count; ++t) {
       const float* lse = lse_ + members[t] * (group_size + 1);
-      subtract_distributions<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size,
-                                       scale, norms_[members[t]], index_scale, lse[group_size],
+      subtract_distributions<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size, scale,
+                                       norms_[members[t]], index_scale, lse[group_size],
                                        lists_.visible_keys(members[t], block), columns,
                                        index_scores + t * block_stride_);
     }
   }
 
   const IndexKlParams& params_;
-  Bf16Kernel multiply_bf16_;
+  [[maybe_unused]] Bf16Kernel multiply_bf16_;  // used on AVX-512 only
   const IndexKlShape& shape_;
   core::Sequence sequence_;
   std::int64_t group_;
@@ -656,8 +657,8 @@ inline HWY_ATTR void store_index_key_grads(float* sum, std::int64_t rows, std::i
   }
 }
 
-/// Task `index` of the backward: dq_idx of its rows, and its share of dk_idx. `factor` = grad_output * index_scale / rows;
-/// `sums` are those of all tasks, [block_size, index_dim] a block.
+/// Task `index` of the backward: dq_idx of its rows, and its share of dk_idx. `factor` = grad_output * index_scale /
+/// rows; `sums` are those of all tasks, [block_size, index_dim] a block.
 inline HWY_ATTR void run_index_kl_backward(const IndexKlProblem& problem, const IndexKlShape& shape,
                                            const IndexKlBackwardLayout& layout, const BackwardTask& task,
                                            std::int64_t index, float factor, TaskOrder& order, float* sums,

@@ -35,8 +35,8 @@ IndexKlShape find_shape(const IndexKlParams& params) {
   shape.block_size = params.block_size;
   shape.blocks = count_blocks(params.batch, params.block_size);
   shape.topk = params.blocks.empty() ? 0 : params.blocks.size(2);
-  shape.has_bf16_dots = params.q.dtype == DType::kBFloat16 && params.k.dtype == DType::kBFloat16 &&
-                        active_bf16_kernel() != nullptr;
+  shape.has_bf16_dots =
+      params.q.dtype == DType::kBFloat16 && params.k.dtype == DType::kBFloat16 && active_bf16_kernel() != nullptr;
   return shape;
 }
 
@@ -72,10 +72,9 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
   const IndexKlProblem problem = choose_kernels(params, shape, saved);
   core::Buffer<double> values(static_cast<std::size_t>(rows));
   const auto run = HWY_DYNAMIC_DISPATCH(run_index_kl);
-  run_plan(plan.chunks, params.batch, shape.kv_heads,
-           [&](const QueryChunk& chunk, std::int64_t group, float* scratch) {
-             run(problem, shape, layout, chunk, group, scratch, values.data());
-           });
+  run_plan(plan.chunks, params.batch, shape.kv_heads, [&](const QueryChunk& chunk, std::int64_t group, float* scratch) {
+    run(problem, shape, layout, chunk, group, scratch, values.data());
+  });
   double sum = 0;
   for (std::size_t i = 0; i < values.size(); ++i) sum += values[i];
   return static_cast<float>(sum / static_cast<double>(rows));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of index_kl-inl.h that differ for bf16 queries and keys on machines with bf16 dot products: their scores, and the
-// exponentials of these. The index branch, a row for every group, stays in float. Tested in tests/unit/index_kl_test.cc.
+// The parts of index_kl-inl.h that differ for bf16 queries and keys on machines with bf16 dot products: their scores,
+// and the exponentials of these. The index branch, a row for every group, stays in float. Tested in
+// tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_BF16_INL_H_
 #undef MSA_CPU_INDEX_KL_BF16_INL_H_
@@ -59,8 +60,8 @@ inline HWY_ATTR void score_bf16_rows(Bf16Kernel multiply, const std::uint16_t* c
   multiply(product);
 }
 
-/// out[0, count) = e^(scale * row - largest), the maximum and the sum of which become `largest` and `total`; as scale_and_max
-/// and exp_and_sum.
+/// out[0, count) = e^(scale * row - largest), the maximum and the sum of which become `largest` and `total`; as
+/// scale_and_max and exp_and_sum.
 inline HWY_ATTR void exponentiate_row(const float* HWY_RESTRICT row, std::int64_t count, float scale,
                                       float* HWY_RESTRICT out, float& largest, float& total) {
   const __m512 s = _mm512_set1_ps(scale);
@@ -85,9 +86,10 @@ inline HWY_ATTR void exponentiate_row(const float* HWY_RESTRICT row, std::int64_
 
 /// As subtract_distributions.
 template <Teacher kTeacher>
-HWY_ATTR void subtract_distributions_bf16(const float* scores, std::int64_t stride, const float* lse, std::int64_t heads,
-                                          float scale, float norm, float index_scale, float index_lse,
-                                          std::int64_t visible, std::int64_t columns, float* index_row) {
+HWY_ATTR void subtract_distributions_bf16(const float* scores, std::int64_t stride, const float* lse,
+                                          std::int64_t heads, float scale, float norm, float index_scale,
+                                          float index_lse, std::int64_t visible, std::int64_t columns,
+                                          float* index_row) {
   const __m512 factor = _mm512_set1_ps(scale * kLog2E);
   const auto probability = [&](std::int64_t h, std::int64_t j) HWY_ATTR {
     const __m512 shift = _mm512_set1_ps(lse[h] * kLog2E);
@@ -97,7 +99,8 @@ HWY_ATTR void subtract_distributions_bf16(const float* scores, std::int64_t stri
     __m512 mass = probability(0, j);
     for (std::int64_t h = 1; h < heads; ++h) {
       // max(p, mass) gives `mass` where p is NaN, as add_mass does.
-      mass = kTeacher == Teacher::kMean ? _mm512_add_ps(mass, probability(h, j)) : _mm512_max_ps(probability(h, j), mass);
+      mass =
+          kTeacher == Teacher::kMean ? _mm512_add_ps(mass, probability(h, j)) : _mm512_max_ps(probability(h, j), mass);
     }
     const __m512 p = _mm512_div_ps(mass, _mm512_set1_ps(norm));
     const __m512 index_score = _mm512_mul_ps(_mm512_loadu_ps(index_row + j), _mm512_set1_ps(index_scale));

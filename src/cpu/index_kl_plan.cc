@@ -11,8 +11,8 @@ namespace msa::cpu {
 namespace {
 
 // Score tiles kept for the second time through the blocks: writing and reading a score costs far less than head_dim
-// multiply-adds, even in memory. 16 MiB hold the tiles of 6 queries of the paper's layer, one score tile, over 32K keys, or of
-// 107 queries with 16 blocks each.
+// multiply-adds, even in memory. 16 MiB hold the tiles of 6 queries of the paper's layer, one score tile, over 32K
+// keys, or of 107 queries with 16 blocks each.
 constexpr std::int64_t kStripFloats = std::int64_t{1} << 22;
 
 std::int64_t query_strip_floats(const IndexKlShape& shape) {
@@ -55,8 +55,8 @@ IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bo
 }
 
 IndexKlPlan plan_index_kl(const std::string& op, const IndexKlShape& shape, int threads, std::size_t workspace_limit) {
-  // As many queries as the strip holds, within one score tile of rows (a block's loading costs a few rows' arithmetic) and
-  // 128 queries (enough for that where blocks are chosen by few).
+  // As many queries as the strip holds, within one score tile of rows (a block's loading costs a few rows' arithmetic)
+  // and 128 queries (enough for that where blocks are chosen by few).
   const std::int64_t least = kl_tile_queries(shape.group_size);
   const std::int64_t in_strip = kStripFloats / std::max<std::int64_t>(query_strip_floats(shape), 1);
   const std::int64_t chunk = std::clamp<std::int64_t>(in_strip, least, std::max<std::int64_t>(least, 128));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the KL loss and its backward cut their work (see index_kl-inl.h; ordered_sums.h for the tasks of the backward). Pure
-// functions of shapes, threads and the workspace limit; what they choose changes speed and memory, never a result. Tested in tests/unit/plan_test.cc.
+// How the KL loss and its backward cut their work (see index_kl-inl.h; ordered_sums.h for the tasks of the backward).
+// Pure functions of shapes, threads and the workspace limit; what they choose changes speed and memory, never a result.
+// Tested in tests/unit/plan_test.cc.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +22,9 @@ struct IndexKlShape {
   std::int64_t head_dim = 0;
   std::int64_t index_dim = 0;
   std::int64_t block_size = 0;
-  std::int64_t blocks = 0;      ///< of the longest sequence
-  std::int64_t topk = 0;        ///< 0: the whole prefix
-  bool has_bf16_dots = false;   ///< q and k are bf16, on an instruction set with bf16 dot products
+  std::int64_t blocks = 0;     ///< of the longest sequence
+  std::int64_t topk = 0;       ///< 0: the whole prefix
+  bool has_bf16_dots = false;  ///< q and k are bf16, on an instruction set with bf16 dot products
 };
 
 /// Queries whose rows (group_size of the main branch, one of the index branch) make one score tile.
@@ -34,8 +35,8 @@ inline std::int64_t kl_tile_queries(std::int64_t group_size) {
 /// Row stride of score tiles: one column behind the block's keys holds the row's maximum.
 inline std::int64_t kl_tile_stride(std::int64_t block_size) { return padded_stride(block_size + 1); }
 
-/// Scratch memory of one worker, in floats from its begin. With bf16 dot products queries are bf16 [.., padded_inner(head_dim)]
-/// and keys bf16 pairs (bf16_dot.h).
+/// Scratch memory of one worker, in floats from its begin. With bf16 dot products queries are bf16 [..,
+/// padded_inner(head_dim)] and keys bf16 pairs (bf16_dot.h).
 struct IndexKlLayout {
   std::int64_t queries = 0;        ///< [chunk * group_size, head_dim]
   std::int64_t index_queries = 0;  ///< [chunk, index_dim]
@@ -63,18 +64,18 @@ IndexKlPlan plan_index_kl(const std::string& op, const IndexKlShape& shape, int 
 
 /// Scratch memory of one worker in the backward; bf16 as above.
 struct IndexKlBackwardLayout {
-  std::int64_t lse = 0;             ///< [chunk, group_size + 1], the index branch's last
-  std::int64_t norms = 0;           ///< [chunk]
-  std::int64_t query_grads = 0;     ///< [chunk, index_dim]
-  std::int64_t lists = 0;           ///< int32, BlockLists'
-  std::int64_t keys_t = 0;          ///< [head_dim, padded_stride(block_size)]
-  std::int64_t index_keys = 0;      ///< [block_size, padded_stride(index_dim)]
-  std::int64_t index_keys_t = 0;    ///< [index_dim, padded_stride(block_size)]
-  std::int64_t queries = 0;         ///< [kl_tile_queries * group_size, padded_stride(head_dim)]
-  std::int64_t index_queries = 0;   ///< [kScoreRows or fewer, padded_stride(index_dim)]
-  std::int64_t scores = 0;          ///< [kl_tile_queries * group_size (bf16: 16 more), padded_stride(block_size)]
-  std::int64_t index_scores = 0;    ///< [kScoreRows or fewer, padded_stride(block_size)]
-  std::int64_t part = 0;            ///< [block_size, index_dim], dk_idx of a block from one task
+  std::int64_t lse = 0;            ///< [chunk, group_size + 1], the index branch's last
+  std::int64_t norms = 0;          ///< [chunk]
+  std::int64_t query_grads = 0;    ///< [chunk, index_dim]
+  std::int64_t lists = 0;          ///< int32, BlockLists'
+  std::int64_t keys_t = 0;         ///< [head_dim, padded_stride(block_size)]
+  std::int64_t index_keys = 0;     ///< [block_size, padded_stride(index_dim)]
+  std::int64_t index_keys_t = 0;   ///< [index_dim, padded_stride(block_size)]
+  std::int64_t queries = 0;        ///< [kl_tile_queries * group_size, padded_stride(head_dim)]
+  std::int64_t index_queries = 0;  ///< [kScoreRows or fewer, padded_stride(index_dim)]
+  std::int64_t scores = 0;         ///< [kl_tile_queries * group_size (bf16: 16 more), padded_stride(block_size)]
+  std::int64_t index_scores = 0;   ///< [kScoreRows or fewer, padded_stride(block_size)]
+  std::int64_t part = 0;           ///< [block_size, index_dim], dk_idx of a block from one task
   std::int64_t end = 0;
 };
 IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the KL loss and its backward work on: the operator's arguments and the kernels chosen for them. See index_kl-inl.h.
+// What the KL loss and its backward work on: the operator's arguments and the kernels chosen for them. See
+// index_kl-inl.h.
 #pragma once
 
 #include "msa/index_kl.h"

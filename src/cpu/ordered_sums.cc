@@ -6,8 +6,8 @@
 
 namespace msa::cpu {
 
-BackwardTasks list_backward_tasks(const Batch& batch, std::int64_t kv_heads, std::int64_t heads, std::int64_t block_size,
-                                  bool keys_shared) {
+BackwardTasks list_backward_tasks(const Batch& batch, std::int64_t kv_heads, std::int64_t heads,
+                                  std::int64_t block_size, bool keys_shared) {
   BackwardTasks result;
   for (std::int64_t s = 0; s < batch.sequences(); ++s) {
     const core::Sequence sequence = core::get_sequence(batch, s);
@@ -27,8 +27,7 @@ BackwardTasks list_backward_tasks(const Batch& batch, std::int64_t kv_heads, std
       for (task.head = 0; task.head < heads; ++task.head) {
         const auto index = static_cast<std::int64_t>(result.tasks.size());
         task.previous = index - step < first_task ? -1 : index - step;
-        task.last_begin =
-            keys_shared && task.head + 1 < heads ? task.blocks : blocks_of_queries(task.chunk.begin);
+        task.last_begin = keys_shared && task.head + 1 < heads ? task.blocks : blocks_of_queries(task.chunk.begin);
         task.sum_begin = result.sum_blocks + (keys_shared ? 0 : task.head * sequence_blocks);
         result.tasks.push_back(task);
       }

@@ -51,8 +51,8 @@ inline float read_float(const ConstTensorView& tensor, std::int64_t row, std::in
   return *reinterpret_cast<const float*>(head_row(tensor, row, head));
 }
 
-/// Rows of a score tile or of the queries behind it: row r belongs to head r % heads of the query members[r / heads] (of
-/// query r / heads when members is null).
+/// Rows of a score tile or of the queries behind it: row r belongs to head r % heads of the query members[r / heads]
+/// (of query r / heads when members is null).
 template <class T>
 struct TileRows {
   T* first;
@@ -66,8 +66,8 @@ struct TileRows {
   }
 };
 
-/// c[rows, cols] = a[rows, inner] * b[inner, cols], as `product`. The addresses are found once, not once a register tile:
-/// they cost a division each.
+/// c[rows, cols] = a[rows, inner] * b[inner, cols], as `product`. The addresses are found once, not once a register
+/// tile: they cost a division each.
 inline HWY_ATTR void product_of_tile(std::int64_t rows, std::int64_t cols, std::int64_t inner,
                                      const TileRows<const float>& a, const float* HWY_RESTRICT b, std::int64_t b_row,
                                      const TileRows<float>& c) {
@@ -98,9 +98,9 @@ inline HWY_ATTR bool are_finite(const float* HWY_RESTRICT first, std::int64_t st
 
 // One register tile of `product_add`; as product_tile of tile-inl.h but for where c comes in.
 template <int kRows, int kVecs, class CRows>
-HWY_ATTR void product_add_tile(std::int64_t inner, const float* HWY_RESTRICT a, std::int64_t a_row, std::int64_t a_inner,
-                               const float* HWY_RESTRICT b, std::int64_t b_row, const CRows& c_rows,
-                               std::int64_t first_row, std::int64_t column) {
+HWY_ATTR void product_add_tile(std::int64_t inner, const float* HWY_RESTRICT a, std::int64_t a_row,
+                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
+                               const CRows& c_rows, std::int64_t first_row, std::int64_t column) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   FloatVec sum[kRows * kVecs];
@@ -147,9 +147,9 @@ HWY_ATTR void product_add_rows(std::int64_t rows, std::int64_t inner, const floa
   product_add_rest<kTileRows - 1, kVecs>(rows - i, inner, a, a_row, a_inner, b, b_row, c_rows, i, column);
 }
 
-/// c[rows, cols] += a[rows, inner] * b[inner, cols], as `product` with a sum that starts from 0 and is added to c at the end:
-/// long sums made of many products lose fewer digits than in one chain. Leading and trailing zeros in a row of a leave no
-/// trace. c_rows[i] is the first element of row i.
+/// c[rows, cols] += a[rows, inner] * b[inner, cols], as `product` with a sum that starts from 0 and is added to c at
+/// the end: long sums made of many products lose fewer digits than in one chain. Leading and trailing zeros in a row of
+/// a leave no trace. c_rows[i] is the first element of row i.
 template <class CRows>
 HWY_ATTR void product_add(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* HWY_RESTRICT a,
                           std::int64_t a_row, std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,

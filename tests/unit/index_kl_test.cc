@@ -87,8 +87,7 @@ TEST(IndexKlRules, GradientsOfManyQueriesAreWithinTheRule) {
     for (const bool whole_prefix : {false, true}) {
       const Problem wide = problem.as_float32();
       KlResult wide_forward = run_kl(reference_context(), wide.kl_params(whole_prefix));
-      const KlGradients exact =
-          run_kl_backward(reference_context(), wide.kl_params(whole_prefix), wide_forward, 820);
+      const KlGradients exact = run_kl_backward(reference_context(), wide.kl_params(whole_prefix), wide_forward, 820);
       const KlGradients naive = naive_kl_backward(problem.kl_params(whole_prefix), 820);
       for_each_target(Targets::kCpu, [&](const Context& context) {
         KlResult forward = run_kl(context, problem.kl_params(whole_prefix));

@@ -292,7 +292,8 @@ TEST(BackwardTasks, PutEveryQueryIntoOneTaskAHead) {
   }
 }
 
-// Follows the sums of each block of keys through the tasks: whoever adds first has none before it, whoever adds last knows.
+// Follows the sums of each block of keys through the tasks: whoever adds first has none before it, whoever adds last
+// knows.
 TEST(BackwardTasks, AddToABlockOneAfterTheOther) {
   const Batch batch = Batch::packed(kBackwardQueries, kBackwardKeys);
   const std::int64_t heads = 3;
@@ -307,11 +308,9 @@ TEST(BackwardTasks, AddToABlockOneAfterTheOther) {
         const BackwardTask& before = work.tasks[static_cast<std::size_t>(task.previous)];
         EXPECT_EQ(before.chunk.sequence, task.chunk.sequence);
         EXPECT_EQ(before.sum_begin, task.sum_begin);
-        EXPECT_GE(before.blocks, task.blocks);          // it has been through every block of this one
-        EXPECT_GE(before.last_begin, task.blocks);      // and was not the last at any of them
-        if (!keys_shared) {
-          EXPECT_EQ(before.head, task.head);
-        }
+        EXPECT_GE(before.blocks, task.blocks);      // it has been through every block of this one
+        EXPECT_GE(before.last_begin, task.blocks);  // and was not the last at any of them
+        EXPECT_TRUE(keys_shared || before.head == task.head);
       }
       EXPECT_LE(task.last_begin, task.blocks);
       // Whoever neither starts nor ends a sum has room for it.
@@ -444,7 +443,8 @@ TEST(LayOutBackward, KeepsPartsApart) {
     const std::int64_t rows = backward_chunk(700, 4) * group_size;
     const std::int64_t tile = backward_tile_queries(group_size) * group_size;
     const BackwardLayout at = lay_out_backward(shape, 40);
-    EXPECT_GE((at.query_grads - at.terms) * 4, rows * static_cast<std::int64_t>(sizeof(RowTerms)));
+    EXPECT_GE((at.totals - at.terms) * 4, rows * static_cast<std::int64_t>(sizeof(RowTerms)));
+    EXPECT_GE((at.query_grads - at.totals) * 4, rows * static_cast<std::int64_t>(sizeof(double)));
     EXPECT_GE(at.lists - at.query_grads, rows * 128);
     EXPECT_GE(at.keys - at.lists, BlockLists::scratch_elements(backward_chunk(700, 4), 7, 40));
     EXPECT_GE(at.keys_t - at.keys, 16 * padded_stride(128));
@@ -459,6 +459,7 @@ TEST(LayOutBackward, KeepsPartsApart) {
     shape.has_bf16_dots = true;
     const BackwardLayout bf16 = lay_out_backward(shape, 40);
     const std::int64_t tile16 = padded_inner(backward_bf16_tile_queries(group_size) * group_size);
+    EXPECT_GE((bf16.query_grads - bf16.terms) * 4, rows * static_cast<std::int64_t>(sizeof(RowTerms)));
     EXPECT_GE((bf16.keys_t - bf16.keys) * 2, 32 / 2 * padded_pair_stride(128));
     EXPECT_GE((bf16.values_t - bf16.keys_t) * 2, 128 / 2 * padded_pair_stride(16));
     EXPECT_GE((bf16.queries - bf16.values_t) * 2, 64 / 2 * padded_pair_stride(16));
