@@ -106,16 +106,11 @@ MSA_AMX_TARGET double int8_amx_loop(std::int64_t steps, float* sink) {
 
 PeakLoop find_dot_loop(Arithmetic arithmetic) {
   switch (arithmetic) {
-    case Arithmetic::kFloat:
-      return nullptr;
-    case Arithmetic::kBf16Dot:
-      return __builtin_cpu_supports("avx512bf16") ? bf16_dot_loop : nullptr;
-    case Arithmetic::kInt8Dot:
-      return __builtin_cpu_supports("avx512vnni") ? int8_dot_loop : nullptr;
-    case Arithmetic::kBf16Amx:
-      return cpu::detect_dot_products() == cpu::DotProducts::kAmx ? bf16_amx_loop : nullptr;
-    case Arithmetic::kInt8Amx:
-      return cpu::detect_dot_products() == cpu::DotProducts::kAmx ? int8_amx_loop : nullptr;
+    case Arithmetic::kFloat: return nullptr;
+    case Arithmetic::kBf16Dot: return __builtin_cpu_supports("avx512bf16") ? bf16_dot_loop : nullptr;
+    case Arithmetic::kInt8Dot: return __builtin_cpu_supports("avx512vnni") ? int8_dot_loop : nullptr;
+    case Arithmetic::kBf16Amx: return cpu::detect_dot_products() == cpu::DotProducts::kAmx ? bf16_amx_loop : nullptr;
+    case Arithmetic::kInt8Amx: return cpu::detect_dot_products() == cpu::DotProducts::kAmx ? int8_amx_loop : nullptr;
   }
   return nullptr;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops behind the peaks of narrow types: intrinsics of one instruction set each, to be called only where the machine
-// has it.
+// The loops behind the peaks of narrow types: intrinsics of one instruction set each, to be called only where the
+// machine has it.
 #pragma once
 
 #include <cstdint>

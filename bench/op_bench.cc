@@ -86,29 +86,23 @@ struct Work {
 Arithmetic attention_arithmetic(at::ScalarType type) {
   if (type != at::kBFloat16) return Arithmetic::kFloat;
   switch (cpu::active_dot_products()) {
-    case cpu::DotProducts::kAmx:
-      return Arithmetic::kBf16Amx;
-    case cpu::DotProducts::kAvx512:
-      return Arithmetic::kBf16Dot;
+    case cpu::DotProducts::kAmx: return Arithmetic::kBf16Amx;
+    case cpu::DotProducts::kAvx512: return Arithmetic::kBf16Dot;
     case cpu::DotProducts::kVnni:
-    case cpu::DotProducts::kNone:
-      break;
+    case cpu::DotProducts::kNone: break;
   }
   return Arithmetic::kFloat;
 }
 
-// Of the scores of the index branch: all of them in int8, to find the few that are worth a float. A single query takes no
-// screening: it reads each key once whatever it does with it.
+// Of the scores of the index branch: all of them in int8, to find the few that are worth a float. A single query takes
+// no screening: it reads each key once whatever it does with it.
 Arithmetic screening_arithmetic(std::int64_t queries) {
   if (queries == 1) return Arithmetic::kFloat;
   switch (cpu::active_dot_products()) {
-    case cpu::DotProducts::kAmx:
-      return Arithmetic::kInt8Amx;
+    case cpu::DotProducts::kAmx: return Arithmetic::kInt8Amx;
     case cpu::DotProducts::kAvx512:
-    case cpu::DotProducts::kVnni:
-      return Arithmetic::kInt8Dot;
-    case cpu::DotProducts::kNone:
-      break;
+    case cpu::DotProducts::kVnni: return Arithmetic::kInt8Dot;
+    case cpu::DotProducts::kNone: break;
   }
   return Arithmetic::kFloat;
 }
@@ -284,8 +278,7 @@ class ShapeBench {
 
   void time_torch_backward() {
     for (const at::ScalarType type : {at::kBFloat16, at::kFloat}) {
-      const std::string name =
-          type == at::kFloat ? "torch sdpa float32, fwd + bwd" : "torch sdpa bfloat16, fwd + bwd";
+      const std::string name = type == at::kFloat ? "torch sdpa float32, fwd + bwd" : "torch sdpa bfloat16, fwd + bwd";
       tell(name);
       const Timing timing = time_torch_attention_backward(bench_.limits, tensors_as(type));
       peers_.push_back({name, timing.seconds});
@@ -324,8 +317,7 @@ class ShapeBench {
     const std::string what = warmup ? " (warmup)" : " (random blocks)";
     const double pairs = warmup ? dense_pairs() : sparse_pairs();
     const IndexKlParams params = kl_params(blocks);
-    const Timing forward =
-        time("index_kl" + what, [&] { msa::index_kl(bench_.context, params, kl_saved()); });
+    const Timing forward = time("index_kl" + what, [&] { msa::index_kl(bench_.context, params, kl_saved()); });
     bench_.add(section_, "index_kl" + what, context_, queries_, forward, kl_work(pairs));
     const Timing backward = time("index_kl_backward" + what, [&] {
       msa::index_kl_backward(bench_.context, params, kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
@@ -344,7 +336,8 @@ class ShapeBench {
 
   // ---- Counting ----
 
-  // (query, key) pairs of one head: the whole visible prefix, or the selected blocks, the local one half full on average.
+  // (query, key) pairs of one head: the whole visible prefix, or the selected blocks, the local one half full on
+  // average.
   double dense_pairs() const {
     const auto n = static_cast<double>(queries_);
     return n * static_cast<double>(context_ - queries_) + n * (n + 1) / 2;
@@ -355,7 +348,9 @@ class ShapeBench {
            (static_cast<double>(o_.topk * o_.block_size) - static_cast<double>(o_.block_size - 1) / 2);
   }
   // Two products, each a multiplication and an addition for every pair and dimension.
-  double attention_operations(double pairs) const { return 4 * pairs * static_cast<double>(o_.query_heads * o_.head_dim); }
+  double attention_operations(double pairs) const {
+    return 4 * pairs * static_cast<double>(o_.query_heads * o_.head_dim);
+  }
   double index_operations(double pairs) const { return 2 * pairs * static_cast<double>(o_.kv_heads * o_.index_dim); }
   double key_value_bytes(std::int64_t tokens, at::ScalarType type) const {
     return 2 * static_cast<double>(tokens * o_.kv_heads * o_.head_dim) * static_cast<double>(c10::elementSize(type));
@@ -377,10 +372,13 @@ class ShapeBench {
   }
   // Scores of the teacher and of the student; on the way back both again, and two products for the gradients.
   Work kl_work(double pairs) const {
-    return {{{attention_arithmetic(type_), attention_operations(pairs) / 2}, {Arithmetic::kFloat, index_operations(pairs)}}, 0};
+    return {
+        {{attention_arithmetic(type_), attention_operations(pairs) / 2}, {Arithmetic::kFloat, index_operations(pairs)}},
+        0};
   }
   Work kl_backward_work(double pairs) const {
-    return {{{attention_arithmetic(type_), attention_operations(pairs) / 2}, {Arithmetic::kFloat, 3 * index_operations(pairs)}},
+    return {{{attention_arithmetic(type_), attention_operations(pairs) / 2},
+             {Arithmetic::kFloat, 3 * index_operations(pairs)}},
             0};
   }
   /// Dense over MSA for a causal pass over the whole context: 2 Hq D N^2 over Hkv Di N^2 + 4 Hq D N k Bk.
@@ -447,9 +445,7 @@ class ShapeBench {
   }
 
   AttentionTensors tensors_as(at::ScalarType type) const { return {q_.to(type), k_.to(type), v_.to(type)}; }
-  void tell(const std::string& what) const {
-    bench_.tell(section_ + " at " + std::to_string(context_) + ": " + what);
-  }
+  void tell(const std::string& what) const { bench_.tell(section_ + " at " + std::to_string(context_) + ": " + what); }
   Timing time(const std::string& what, const std::function<void()>& body) {
     tell(what);
     return time_median(bench_.limits, body);
@@ -480,8 +476,8 @@ void time_topk(Bench& bench) {
     at::manual_seed(1);
     const at::Tensor scores = at::randn({shape.rows, shape.blocks});
     const at::Tensor ids = at::empty({shape.rows, shape.topk}, at::kInt);
-    const std::string what = " (" + std::to_string(shape.rows) + ", " + std::to_string(shape.blocks) + ") k" +
-                             std::to_string(shape.topk);
+    const std::string what =
+        " (" + std::to_string(shape.rows) + ", " + std::to_string(shape.blocks) + ") k" + std::to_string(shape.topk);
     const Work work{{}, static_cast<double>(shape.rows * shape.blocks) * sizeof(float)};
     bench.tell("torch.topk" + what);
     const Timing peer = time_torch_topk(bench.limits, scores, shape.topk);
@@ -543,8 +539,9 @@ void check_options(const OpBenchOptions& o) {
   };
   require(!o.contexts.empty(), "no context is given");
   require(o.repeats >= 1 && o.queries >= 1, "repeats and queries must be at least 1");
-  require(o.kv_heads >= 1 && o.query_heads >= 1 && o.query_heads % o.kv_heads == 0,
-          "query heads " + std::to_string(o.query_heads) + " must be a multiple of kv heads " + std::to_string(o.kv_heads));
+  require(
+      o.kv_heads >= 1 && o.query_heads >= 1 && o.query_heads % o.kv_heads == 0,
+      "query heads " + std::to_string(o.query_heads) + " must be a multiple of kv heads " + std::to_string(o.kv_heads));
   const auto multiple = [](std::int64_t dim) {
     return dim >= kHeadDimMultiple && dim <= kMaxHeadDim && dim % kHeadDimMultiple == 0;
   };
@@ -553,21 +550,22 @@ void check_options(const OpBenchOptions& o) {
                                                              std::to_string(kMaxHeadDim));
   const bool power = o.block_size > 0 && (o.block_size & (o.block_size - 1)) == 0;
   require(power && o.block_size >= kMinBlockSize && o.block_size <= kMaxBlockSize,
-          "block size " + std::to_string(o.block_size) + " must be a power of two from " + std::to_string(kMinBlockSize) +
-              " to " + std::to_string(kMaxBlockSize));
-  require(o.topk >= 1 && o.topk <= kMaxTopk, "topk " + std::to_string(o.topk) + " must be from 1 to " + std::to_string(kMaxTopk));
+          "block size " + std::to_string(o.block_size) + " must be a power of two from " +
+              std::to_string(kMinBlockSize) + " to " + std::to_string(kMaxBlockSize));
+  require(o.topk >= 1 && o.topk <= kMaxTopk,
+          "topk " + std::to_string(o.topk) + " must be from 1 to " + std::to_string(kMaxTopk));
   for (const std::int64_t context : o.contexts) {
-    require(context >= o.queries, "context " + std::to_string(context) + " is below the " + std::to_string(o.queries) +
-                                      " queries");
+    require(context >= o.queries,
+            "context " + std::to_string(context) + " is below the " + std::to_string(o.queries) + " queries");
   }
 }
 
 }  // namespace
 
 const std::vector<std::string>& op_names() {
-  static const std::vector<std::string> names = {"select_blocks", "topk_blocks", "sparse_attention",
-                                                 "dense_attention", "layer",     "decode",
-                                                 "backward",      "index_kl",    "threads"};
+  static const std::vector<std::string> names = {"select_blocks",   "topk_blocks", "sparse_attention",
+                                                 "dense_attention", "layer",       "decode",
+                                                 "backward",        "index_kl",    "threads"};
   return names;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the operators, and the attention of a whole layer, against their peers on the same inputs in the same process: torch's
-// scaled_dot_product_attention and topk, and our own dense attention. `msa bench` prints what this returns; docs/benchmarks.md
-// says how to read it.
+// Times the operators, and the attention of a whole layer, against their peers on the same inputs in the same process:
+// torch's scaled_dot_product_attention and topk, and our own dense attention. `msa bench` prints what this returns;
+// docs/benchmarks.md says how to read it.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,15 @@ struct OpBenchOptions {
   std::int64_t queries = 512;  ///< the last tokens of the context
   std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, index_dim = 128;
   std::int64_t block_size = 128, topk = 16;
-  std::string dtype = "bfloat16";  ///< storage of our q, k, v and index; torch attention is timed in bfloat16 and in float32
+  std::string dtype =
+      "bfloat16";  ///< storage of our q, k, v and index; torch attention is timed in bfloat16 and in float32
   int threads = 0;
   int repeats = 5;
   double budget_seconds = 10;  ///< no further repeat of a row that has taken this long
 };
 
-/// "select_blocks", "topk_blocks", "sparse_attention", "dense_attention", "layer", "decode", "backward", "index_kl", "threads".
+/// "select_blocks", "topk_blocks", "sparse_attention", "dense_attention", "layer", "decode", "backward", "index_kl",
+/// "threads".
 const std::vector<std::string>& op_names();
 
 /// This row's speed over a peer's, both timed in this run.
@@ -41,15 +43,16 @@ struct OpBenchRow {
   std::int64_t context = 0;
   std::int64_t queries = 0;
   int threads = 0;
-  int runs = 0;        ///< of which seconds is the median
+  int runs = 0;  ///< of which seconds is the median
   double seconds = 0;
-  double operations = 0;  ///< of the algorithm; a multiplication and an addition are two
-  double bytes = 0;       ///< that must be read from memory
-  std::string peak;       ///< what peak_fraction refers to: "int8 AMX + bf16 AMX", "read"; empty: nothing
+  double operations = 0;      ///< of the algorithm; a multiplication and an addition are two
+  double bytes = 0;           ///< that must be read from memory
+  std::string peak;           ///< what peak_fraction refers to: "int8 AMX + bf16 AMX", "read"; empty: nothing
   double peak_fraction = 0;   ///< least time at the peaks / seconds
   bool memory_bound = false;  ///< the least time is that of reading
   std::vector<Speedup> speedups;
-  double flop_ratio = 0;  ///< operations of dense attention / of MSA over a whole pass (cost formula of the paper); 0: no matter
+  double flop_ratio =
+      0;  ///< operations of dense attention / of MSA over a whole pass (cost formula of the paper); 0: no matter
 };
 
 struct OpBenchResult {

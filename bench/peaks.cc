@@ -36,8 +36,9 @@ double fma_loop(std::int64_t steps, float* sink) {
     s4 = hn::MulAdd(s4, a, b), s5 = hn::MulAdd(s5, a, b), s6 = hn::MulAdd(s6, a, b), s7 = hn::MulAdd(s7, a, b);
     s8 = hn::MulAdd(s8, a, b), s9 = hn::MulAdd(s9, a, b), s10 = hn::MulAdd(s10, a, b), s11 = hn::MulAdd(s11, a, b);
   }
-  const auto sum = hn::Add(hn::Add(hn::Add(s0, s1), hn::Add(s2, s3)),
-                           hn::Add(hn::Add(hn::Add(s4, s5), hn::Add(s6, s7)), hn::Add(hn::Add(s8, s9), hn::Add(s10, s11))));
+  const auto sum =
+      hn::Add(hn::Add(hn::Add(s0, s1), hn::Add(s2, s3)),
+              hn::Add(hn::Add(hn::Add(s4, s5), hn::Add(s6, s7)), hn::Add(hn::Add(s8, s9), hn::Add(s10, s11))));
   *sink = hn::GetLane(sum);
   return static_cast<double>(steps) * 12 * 2 * static_cast<double>(hn::Lanes(df));
 }
@@ -118,16 +119,11 @@ double measure_read(int threads) {
 
 const char* arithmetic_name(Arithmetic arithmetic) {
   switch (arithmetic) {
-    case Arithmetic::kFloat:
-      return "float32";
-    case Arithmetic::kBf16Dot:
-      return "bf16 dot";
-    case Arithmetic::kInt8Dot:
-      return "int8 dot";
-    case Arithmetic::kBf16Amx:
-      return "bf16 AMX";
-    case Arithmetic::kInt8Amx:
-      return "int8 AMX";
+    case Arithmetic::kFloat: return "float32";
+    case Arithmetic::kBf16Dot: return "bf16 dot";
+    case Arithmetic::kInt8Dot: return "int8 dot";
+    case Arithmetic::kBf16Amx: return "bf16 AMX";
+    case Arithmetic::kInt8Amx: return "int8 AMX";
   }
   return "unknown";
 }
@@ -136,8 +132,7 @@ Peaks measure_peaks(int threads) {
   active_instruction_set();  // what the float loop is dispatched on
   Peaks peaks;
   for (const Arithmetic arithmetic : kArithmetics) {
-    const PeakLoop loop =
-        arithmetic == Arithmetic::kFloat ? HWY_DYNAMIC_DISPATCH(fma_loop) : find_dot_loop(arithmetic);
+    const PeakLoop loop = arithmetic == Arithmetic::kFloat ? HWY_DYNAMIC_DISPATCH(fma_loop) : find_dot_loop(arithmetic);
     if (loop != nullptr) peaks.gops[static_cast<std::size_t>(arithmetic)] = measure_loop(threads, loop);
   }
   peaks.read_gbytes = measure_read(threads);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this machine can do at most, measured: the denominators of every figure that `msa bench` prints. Each is the rate of
-// one instruction on registers, so no program that feeds it from memory gets all of it.
+// What this machine can do at most, measured: the denominators of every figure that `msa bench` prints. Each is the
+// rate of one instruction on registers, so no program that feeds it from memory gets all of it.
 #pragma once
 
 #include <array>
@@ -17,8 +17,8 @@ enum class Arithmetic {
   kBf16Amx,  ///< tiles of bfloat16 (tdpbf16ps)
   kInt8Amx,  ///< tiles of int8 (tdpbusd)
 };
-inline constexpr std::array<Arithmetic, 5> kArithmetics = {Arithmetic::kFloat, Arithmetic::kBf16Dot, Arithmetic::kInt8Dot,
-                                                           Arithmetic::kBf16Amx, Arithmetic::kInt8Amx};
+inline constexpr std::array<Arithmetic, 5> kArithmetics = {
+    Arithmetic::kFloat, Arithmetic::kBf16Dot, Arithmetic::kInt8Dot, Arithmetic::kBf16Amx, Arithmetic::kInt8Amx};
 
 /// "float32", "bf16 dot", "int8 dot", "bf16 AMX", "int8 AMX".
 const char* arithmetic_name(Arithmetic arithmetic);

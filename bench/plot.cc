@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See plot.h. Lines are labelled at their ends, so that nobody has to match colours; the legend repeats what each one is.
+// See plot.h. Lines are labelled at their ends, so that nobody has to match colours; the legend repeats what each one
+// is.
 #include "bench/plot.h"
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace msa::bench {
 namespace {
 
 struct Series {
-  const char* row;    // in the section "prefill"
+  const char* row;  // in the section "prefill"
   const char* label;
   const char* colour;
   const char* dash;
@@ -112,12 +113,14 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
   constexpr double kWidth = 860, kHeight = 520;
   // Half a step of room at either side; on the y axis out to whole decades' thirds.
   const Axis x{least_x / 1.25, most_x * 1.25, 84, 640};
-  const Axis y{std::pow(10, std::floor(std::log10(least_y) * 3) / 3), std::pow(10, std::ceil(std::log10(most_y) * 3) / 3),
-               440, 84};
-  std::string svg = format("<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"Helvetica, Arial, "
-                           "sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"%g\" height=\"%g\" fill=\"white\"/>\n",
-                           kWidth, kHeight, kWidth, kHeight);
-  svg += text(84, 34, format("Attention of the last %lld tokens against the context", static_cast<long long>(options.queries)),
+  const Axis y{std::pow(10, std::floor(std::log10(least_y) * 3) / 3),
+               std::pow(10, std::ceil(std::log10(most_y) * 3) / 3), 440, 84};
+  std::string svg = format(
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"Helvetica, Arial, "
+      "sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"%g\" height=\"%g\" fill=\"white\"/>\n",
+      kWidth, kHeight, kWidth, kHeight);
+  svg += text(84, 34,
+              format("Attention of the last %lld tokens against the context", static_cast<long long>(options.queries)),
               "font-size=\"18\" font-weight=\"bold\"");
   svg += text(84, 56,
               format("%lld query / %lld kv heads, head dimension %lld, %lld blocks of %lld; %s; %d threads, %s",
@@ -144,8 +147,9 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
   svg += line(x.begin, y.begin, x.end, y.begin, "stroke=\"#222\"");
   svg += line(x.begin, y.begin, x.begin, y.end, "stroke=\"#222\"");
   svg += text((x.begin + x.end) / 2, y.begin + 44, "context, tokens", "text-anchor=\"middle\"");
-  svg += text(0, 0, "time", format("text-anchor=\"middle\" transform=\"translate(22 %.1f) rotate(-90)\"",
-                                   (y.begin + y.end) / 2).c_str());
+  svg += text(
+      0, 0, "time",
+      format("text-anchor=\"middle\" transform=\"translate(22 %.1f) rotate(-90)\"", (y.begin + y.end) / 2).c_str());
 
   // Labels at the ends of the lines, pushed apart where they would overlap.
   struct Label {
@@ -166,7 +170,8 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
       path += format("%s%.1f %.1f", path.empty() ? "M" : " L", x.at(point.context), y.at(point.milliseconds));
     }
     svg += "<path d=\"" + path + "\" fill=\"none\" ";
-    svg += format("stroke=\"%s\" stroke-width=\"%g\" stroke-dasharray=\"%s\"/>\n", series.colour, series.width, series.dash);
+    svg += format("stroke=\"%s\" stroke-width=\"%g\" stroke-dasharray=\"%s\"/>\n", series.colour, series.width,
+                  series.dash);
     for (const Point& point : label.drawn->points) {
       svg += format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%g\" fill=\"%s\"/>\n", x.at(point.context),
                     y.at(point.milliseconds), series.width + 1, series.colour);
@@ -175,10 +180,11 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
     svg += line(x.at(last.context) + 8, y.at(last.milliseconds), x.end + 8, label.y - 4,
                 format("stroke=\"%s\" stroke-width=\"0.7\"", series.colour).c_str());
     svg += text(x.end + 12, label.y, series.label, format("fill=\"%s\" font-weight=\"bold\"", series.colour).c_str());
-    std::string note = last.milliseconds >= 100 ? format("%.2f s", last.milliseconds / 1000)
-                                                : format("%.1f ms", last.milliseconds);
+    std::string note =
+        last.milliseconds >= 100 ? format("%.2f s", last.milliseconds / 1000) : format("%.1f ms", last.milliseconds);
     note += " at " + tokens_text(last.context);
-    if (last.context == msa_context && last.milliseconds != msa) note += format(", MSA %.1fx faster", last.milliseconds / msa);
+    if (last.context == msa_context && last.milliseconds != msa)
+      note += format(", MSA %.1fx faster", last.milliseconds / msa);
     svg += text(x.end + 12, label.y + 14, note, "fill=\"#555\" font-size=\"11\"");
   }
   // The legend: what is solid, what is dashed.
@@ -186,9 +192,10 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
   for (const Line& drawn : lines) {
     const Series& series = *drawn.series;
     const double left = 84 + at;
-    svg += line(left, kHeight - 16, left + 28, kHeight - 16,
-                format("stroke=\"%s\" stroke-width=\"%g\" stroke-dasharray=\"%s\"", series.colour, series.width, series.dash)
-                    .c_str());
+    svg += line(
+        left, kHeight - 16, left + 28, kHeight - 16,
+        format("stroke=\"%s\" stroke-width=\"%g\" stroke-dasharray=\"%s\"", series.colour, series.width, series.dash)
+            .c_str());
     svg += text(left + 34, kHeight - 12, series.label, "font-size=\"12\"");
     at += 190;
   }

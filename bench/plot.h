@@ -8,8 +8,8 @@
 
 namespace msa::bench {
 
-/// An SVG document of the prefill rows: torch's attention, our dense attention, the MSA layer. Throws msa::Error when there is
-/// no row of the layer to draw. Tested in tests/integration/test_cli.py.
+/// An SVG document of the prefill rows: torch's attention, our dense attention, the MSA layer. Throws msa::Error when
+/// there is no row of the layer to draw. Tested in tests/integration/test_cli.py.
 std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& result);
 
 }  // namespace msa::bench

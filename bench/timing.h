@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How `msa bench` times: medians of repeated runs within a budget of time, so that a peer that takes half a minute is run
-// once and an operator that takes a millisecond often enough.
+// How `msa bench` times: medians of repeated runs within a budget of time, so that a peer that takes half a minute is
+// run once and an operator that takes a millisecond often enough.
 #pragma once
 
 #include <algorithm>

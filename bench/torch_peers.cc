@@ -113,7 +113,8 @@ Timing time_torch_attention_backward(const TimingLimits& limits, const Attention
 
 Timing time_torch_topk(const TimingLimits& limits, const at::Tensor& scores, std::int64_t topk) {
   const at::NoGradGuard no_grad;
-  return time_fastest(limits, {[&] { at::topk(scores, topk, 1, true, true); }, [&] { at::topk(scores, topk, 1, true, false); }});
+  return time_fastest(
+      limits, {[&] { at::topk(scores, topk, 1, true, true); }, [&] { at::topk(scores, topk, 1, true, false); }});
 }
 
 }  // namespace msa::bench

@@ -50,7 +50,8 @@ int main() try {
 
   // The first kTopk * kBlockSize tokens of a sequence see every block, so there sparse attention is full attention.
   std::printf("last token attends to blocks");
-  for (std::int64_t slot = 0; slot < kTopk; ++slot) std::printf(" %d", blocks[static_cast<std::size_t>((tokens - 1) * kTopk + slot)]);
+  for (std::int64_t slot = 0; slot < kTopk; ++slot)
+    std::printf(" %d", blocks[static_cast<std::size_t>((tokens - 1) * kTopk + slot)]);
   std::printf(" of %lld\n", static_cast<long long>((300 + kBlockSize - 1) / kBlockSize));
   return std::isfinite(out.back()) ? 0 : 1;
 } catch (const msa::Error& error) {

@@ -126,18 +126,19 @@ void print_section(const std::vector<const bench::OpBenchRow*>& rows) {
     std::string name = row->name;
     if (row->section == "threads") name += row->threads == 1 ? ", 1 thread" : fmt::format(", {} threads", row->threads);
     const auto rate = [&](double amount) {
-      return amount > 0 ? fmt::format("{:.{}f}", amount / row->seconds * 1e-9, amount / row->seconds < 1e10 ? 1 : 0) : "";
+      return amount > 0 ? fmt::format("{:.{}f}", amount / row->seconds * 1e-9, amount / row->seconds < 1e10 ? 1 : 0)
+                        : "";
     };
-    std::string line =
-        fmt::format("  {:<{}} {:>10} {:>8} {:>7}  {:<24}", name, kNameWidth, format_seconds(row->seconds),
-                    rate(row->operations), rate(row->bytes),
-                    row->peak.empty() ? "" : fmt::format("{:>3.0f} % {}", row->peak_fraction * 100, row->peak));
+    std::string line = fmt::format(
+        "  {:<{}} {:>10} {:>8} {:>7}  {:<24}", name, kNameWidth, format_seconds(row->seconds), rate(row->operations),
+        rate(row->bytes), row->peak.empty() ? "" : fmt::format("{:>3.0f} % {}", row->peak_fraction * 100, row->peak));
     for (const std::string& peer : peers) {
       std::string cell;
       for (const bench::Speedup& speedup : row->speedups) {
         if (format_peer(speedup.peer) != peer) continue;
         cell = fmt::format("{:.{}f}x", speedup.factor, speedup.factor < 10 ? 2 : 1);
-        if (speedup.peer == "dense_attention" && row->flop_ratio > 0) cell += fmt::format(" ({:.1f}x)", row->flop_ratio);
+        if (speedup.peer == "dense_attention" && row->flop_ratio > 0)
+          cell += fmt::format(" ({:.1f}x)", row->flop_ratio);
       }
       line += fmt::format("  {:>{}}", cell, std::max<std::size_t>(12, peer.size() + 3));
     }
@@ -147,9 +148,10 @@ void print_section(const std::vector<const bench::OpBenchRow*>& rows) {
 }
 
 void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& result) {
-  fmt::print("{} query / {} kv heads, head dim {}, index dim {}, block size {}, topk {}, {}\n", o.query_heads, o.kv_heads,
-             o.head_dim, o.index_dim, o.block_size, o.topk, o.dtype);
-  fmt::print("{} threads, instruction set {}, torch {}\n", result.threads, result.instruction_set, result.torch_version);
+  fmt::print("{} query / {} kv heads, head dim {}, index dim {}, block size {}, topk {}, {}\n", o.query_heads,
+             o.kv_heads, o.head_dim, o.index_dim, o.block_size, o.topk, o.dtype);
+  fmt::print("{} threads, instruction set {}, torch {}\n", result.threads, result.instruction_set,
+             result.torch_version);
   fmt::print("measured peaks, Gop/s:");
   for (const bench::Arithmetic arithmetic : bench::kArithmetics) {
     const double peak = result.peaks.of(arithmetic);
@@ -167,8 +169,10 @@ void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& res
     print_section(section);
   }
   fmt::print(
-      "\nof peak: the least time that the row's operations, or the bytes it must read, take at the measured peaks, over its "
-      "time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over those of MSA, "
+      "\nof peak: the least time that the row's operations, or the bytes it must read, take at the measured peaks, "
+      "over its "
+      "time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over those of "
+      "MSA, "
       "whole pass.\n");
 }
 

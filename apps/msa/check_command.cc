@@ -59,7 +59,8 @@ void run_check(const CheckOptions& options) {
       }
     }
     if (options.json) continue;
-    fmt::print("{:<28} {:>8} {:>8}   {}\n", options.backend + " on " + set, "passed", "failed", "worst error / allowed");
+    fmt::print("{:<28} {:>8} {:>8}   {}\n", options.backend + " on " + set, "passed", "failed",
+               "worst error / allowed");
     for (const auto& [op, s] : by_op) fmt::print("  {:<26} {:>8} {:>8}   {:.2f}\n", op, s.passed, s.failed, s.worst);
     for (const conformance::CheckResult& result : results) {
       if (!result.passed) {

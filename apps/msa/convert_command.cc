@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // `msa convert`: a dense GQA checkpoint becomes an MSA checkpoint. With --json prints one object:
-//   {"out", "unchanged", "layers": [sparse layer ids], "block_size", "topk": [one a layer], "index_dim", "init", "seconds",
+//   {"out", "unchanged", "layers": [sparse layer ids], "block_size", "topk": [one a layer], "index_dim", "init",
+//   "seconds",
 //    "calibration_tokens" and, with --calibrate, "ranking": [{"layer", "gain", "head"}, ...]}
 // Tested in tests/python/test_train.py.
 #include <fmt/format.h>
@@ -55,8 +56,10 @@ nlohmann::ordered_json describe(const ConvertFlags& flags, const files::ModelCon
   record["calibration_windows"] = flags.calibration_windows;
   record["calibration_context"] = flags.calibration_context;
   if (flags.calibrate) {
-    record["calibrate"] = {{"boost_layers", flags.boost_layers},     {"boost_topk", flags.boost_topk},
-                           {"keep_budget", flags.keep_budget},       {"rank_documents", flags.rank_documents},
+    record["calibrate"] = {{"boost_layers", flags.boost_layers},
+                           {"boost_topk", flags.boost_topk},
+                           {"keep_budget", flags.keep_budget},
+                           {"rank_documents", flags.rank_documents},
                            {"rank_context", flags.rank_context}};
   }
   return record;
@@ -138,7 +141,8 @@ void run_convert(ConvertFlags flags) {
     fmt::print("{} is this conversion already\n", flags.out);
   } else {
     fmt::print("wrote {}: {} sparse layers, block size {}, index dimension {}, {:.1f} s\n", flags.out,
-               record["layers"].size(), config.index_block_size, config.index_head_dim, report["seconds"].get<double>());
+               record["layers"].size(), config.index_block_size, config.index_head_dim,
+               report["seconds"].get<double>());
   }
 }
 
@@ -153,7 +157,8 @@ void add_convert_command(CLI::App& app) {
   command->add_option("--out", flags->out, "directory to write")->required();
   command->add_option("--block-size", flags->options.block_size, "tokens a block")->capture_default_str();
   command->add_option("--topk", flags->options.topk, "blocks a query")->capture_default_str()->check(CLI::Range(1, 64));
-  command->add_option("--index-dim", flags->options.index_dim, "dimension of index queries and keys (default: head dim)");
+  command->add_option("--index-dim", flags->options.index_dim,
+                      "dimension of index queries and keys (default: head dim)");
   command->add_option("--layers", flags->layers, "layers that become sparse: all, or a list such as 0,3,8-11")
       ->capture_default_str();
   command->add_option("--init", flags->init, "first weights: closed-form, mean or random")
@@ -167,8 +172,9 @@ void add_convert_command(CLI::App& app) {
   command->add_option("--calibration-context", flags->calibration_context, "tokens of each")
       ->capture_default_str()
       ->check(CLI::Range(2, 1 << 20));
-  command->add_flag("--calibrate", flags->calibrate,
-                    "rank the layers by what true-mass blocks would gain on retrieval documents, and give the first more");
+  command->add_flag(
+      "--calibrate", flags->calibrate,
+      "rank the layers by what true-mass blocks would gain on retrieval documents, and give the first more");
   command->add_option("--boost-layers", flags->boost_layers, "with --calibrate: layers that get more")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);

@@ -3,16 +3,19 @@
 //   {"model", "context", "windows", "tokens",
 //    "modes": {"sparse@1/8": {"loss", "perplexity", "loss_last1024", "perplexity_last1024", "window_losses": [],
 //                             "seconds", "tokens_per_second", "attention_ms_per_token"}, ...},
-//    "recall": {"block", "score", "kl" and, with --baseline, "block_untrained", "score_untrained", "kl_untrained"} of the
+//    "recall": {"block", "score", "kl" and, with --baseline, "block_untrained", "score_untrained", "kl_untrained"} of
+//    the
 //              last sparse mode,
 //    "recalls": {"sparse@1/8": {"block", "score", "kl", "layer_block": [], "layer_score": [], "layer_kl": [],
 //                               "untrained": {...}}, ...}}
 // and with --tasks
-//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...}, "found": {"passkey": {"dense": {"2048": mean share of
-//    what had to be in the answer}}}, "tokens_per_second": {"prefill_dense", "decode_dense", ...}, "trials": {"passkey":
+//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...}, "found": {"passkey": {"dense": {"2048": mean
+//   share of
+//    what had to be in the answer}}}, "tokens_per_second": {"prefill_dense", "decode_dense", ...}, "trials":
+//    {"passkey":
 //    {"dense": [{"length", "depth", "key", "answers": [], "answer", "hit", "found"}, ...]}}, "seconds"}.
-// --maps writes {"maps": [{"layer", "group", "block_size", "topk", "rows": [[share of the queries of a block that chose key
-// block, ...], ...]}]}. Tested in tests/python/test_train.py.
+// --maps writes {"maps": [{"layer", "group", "block_size", "topk", "rows": [[share of the queries of a block that chose
+// key block, ...], ...]}]}. Tested in tests/python/test_train.py.
 #include <fmt/format.h>
 
 #include <chrono>
@@ -35,8 +38,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// The filler of the passkey task as it is usually posed. A small dense model finds keys in it at every length; in real text
-// it often does not, and then the comparison of dense and sparse says nothing.
+// The filler of the passkey task as it is usually posed. A small dense model finds keys in it at every length; in real
+// text it often does not, and then the comparison of dense and sparse says nothing.
 constexpr const char* kFiller =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ";
 
@@ -60,9 +63,12 @@ Json list(const std::vector<double>& values) {
 }
 
 Json describe(const model::Alignment& alignment) {
-  return {{"block", number(alignment.block_recall)},           {"score", number(alignment.score_recall)},
-          {"kl", number(alignment.kl)},                        {"layer_block", list(alignment.layer_block_recall)},
-          {"layer_score", list(alignment.layer_score_recall)}, {"layer_kl", list(alignment.layer_kl)}};
+  return {{"block", number(alignment.block_recall)},
+          {"score", number(alignment.score_recall)},
+          {"kl", number(alignment.kl)},
+          {"layer_block", list(alignment.layer_block_recall)},
+          {"layer_score", list(alignment.layer_score_recall)},
+          {"layer_kl", list(alignment.layer_kl)}};
 }
 
 // --attention names modes, each with or without a budget of its own; --topk or --budget is that of the others.
@@ -94,7 +100,8 @@ Json evaluate_text(const EvalFlags& flags, const model::Decoder& decoder, const 
   const std::vector<model::Tokens> windows =
       corpus.windows(text.tools.encode, model::Split::kHeldOut, context, flags.windows, flags.seed, text.separator);
   if (static_cast<std::int64_t>(windows.size()) < flags.windows) {
-    print_progress(fmt::format("the held-out text has {} windows of {} tokens, not {}", windows.size(), context, flags.windows));
+    print_progress(
+        fmt::format("the held-out text has {} windows of {} tokens, not {}", windows.size(), context, flags.windows));
   }
   std::optional<model::Decoder> baseline;
   if (!flags.baseline.empty()) baseline = model::Decoder::load(flags.baseline, flags.model.scalar_type());
@@ -161,7 +168,8 @@ model::Tokens make_filler(const EvalFlags& flags, std::int64_t length, const Tex
   model::Tokens filler;
   if (flags.filler == "repeat") {
     const model::Tokens sentences = text.tools.encode(kFiller);
-    while (static_cast<std::int64_t>(filler.size()) < length) filler.insert(filler.end(), sentences.begin(), sentences.end());
+    while (static_cast<std::int64_t>(filler.size()) < length)
+      filler.insert(filler.end(), sentences.begin(), sentences.end());
     return filler;
   }
   const model::Corpus corpus = open_corpus(flags.data);
@@ -224,9 +232,12 @@ Json evaluate_tasks(const EvalFlags& flags, const model::Decoder& decoder, const
 }
 
 void print_text(const Json& report) {
-  const auto show = [](const Json& value) { return value.is_null() ? std::string("-") : fmt::format("{:.4f}", value.get<double>()); };
+  const auto show = [](const Json& value) {
+    return value.is_null() ? std::string("-") : fmt::format("{:.4f}", value.get<double>());
+  };
   fmt::print("{} windows of {} tokens of held-out text\n", report["windows"].get<int>(), report["context"].get<int>());
-  fmt::print("  {:<14} {:>10} {:>11} {:>18} {:>10}\n", "attention", "loss", "perplexity", "ppl of last 1024", "tokens/s");
+  fmt::print("  {:<14} {:>10} {:>11} {:>18} {:>10}\n", "attention", "loss", "perplexity", "ppl of last 1024",
+             "tokens/s");
   for (const auto& [name, mode] : report["modes"].items()) {
     fmt::print("  {:<14} {:>10} {:>11} {:>18} {:>10.1f}\n", name, show(mode["loss"]), show(mode["perplexity"]),
                show(mode["perplexity_last1024"]), mode["tokens_per_second"].get<double>());
@@ -244,7 +255,8 @@ void print_tasks(const Json& report, const std::vector<std::string>& tasks) {
       std::string line = fmt::format("{:<17} {:<14}", task, mode);
       for (const auto& [length, tally] : lengths.items()) {
         line += fmt::format("  {}: {}/{}", length, tally[0].get<int>(), tally[1].get<int>());
-        if (task == "variable-tracking") line += fmt::format(" ({:.2f})", report["found"][task][mode][length].get<double>());
+        if (task == "variable-tracking")
+          line += fmt::format(" ({:.2f})", report["found"][task][mode][length].get<double>());
       }
       fmt::print("{}\n", line);
     }
@@ -254,7 +266,8 @@ void print_tasks(const Json& report, const std::vector<std::string>& tasks) {
 void run_eval(const EvalFlags& flags) {
   const model::Decoder decoder = flags.model.load();
   const bool has_tokenizer = std::filesystem::exists(std::filesystem::path(flags.model.directory) / "tokenizer.json");
-  const TextSource text = has_tokenizer ? TextSource::load(flags.model.directory) : TextSource::bytes(decoder.config().vocab_size);
+  const TextSource text =
+      has_tokenizer ? TextSource::load(flags.model.directory) : TextSource::bytes(decoder.config().vocab_size);
   const Json report = flags.tasks.empty() ? evaluate_text(flags, decoder, text) : evaluate_tasks(flags, decoder, text);
   if (flags.json) {
     fmt::print("{}\n", report.dump());
@@ -271,13 +284,15 @@ void add_eval_command(CLI::App& app) {
   auto flags = std::make_shared<EvalFlags>();
   CLI::App* command = app.add_subcommand("eval", "loss, perplexity, KL and recalls on held-out text; retrieval tasks");
   flags->model.add_to(*command);
-  command->add_option("--data", flags->data, "text files or directories; the held-out part is used (default: manuals here)");
+  command->add_option("--data", flags->data,
+                      "text files or directories; the held-out part is used (default: manuals here)");
   command->add_option("--context", flags->context, "tokens a window (default: the model's full context)")
       ->check(CLI::Range(2, 1 << 24));
   command->add_option("--windows", flags->windows, "windows")->check(CLI::PositiveNumber)->capture_default_str();
   command
-      ->add_option("--attention", flags->attention,
-                   "ways to attend: dense, sparse, window, oracle; @1/8 adds a budget (share of the context), @16 blocks")
+      ->add_option(
+          "--attention", flags->attention,
+          "ways to attend: dense, sparse, window, oracle; @1/8 adds a budget (share of the context), @16 blocks")
       ->delimiter(',')
       ->check(check_with(model::parse_evaluation_mode, "MODE[@BUDGET]"));
   CLI::Option* topk = command->add_option("--topk", flags->topk, "blocks a query where --attention says nothing")
@@ -294,8 +309,12 @@ void add_eval_command(CLI::App& app) {
       ->check(CLI::IsMember({"mean", "max"}))
       ->capture_default_str();
   command->add_option("--maps", flags->maps, "JSON file for selection maps of --map-layers");
-  command->add_option("--map-layers", flags->map_layers, "layers to map, such as 0,7,15")->default_str("0")->default_val("0");
-  command->add_option("--tasks", flags->tasks, "retrieval tasks in place of perplexity: passkey, multikey, variable-tracking")
+  command->add_option("--map-layers", flags->map_layers, "layers to map, such as 0,7,15")
+      ->default_str("0")
+      ->default_val("0");
+  command
+      ->add_option("--tasks", flags->tasks,
+                   "retrieval tasks in place of perplexity: passkey, multikey, variable-tracking")
       ->delimiter(',')
       ->check(CLI::IsMember({"passkey", "multikey", "variable-tracking"}));
   command->add_option("--lengths", flags->lengths, "document lengths of the tasks, tokens")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// `msa info`: what this build can do on this machine, and which path a shape takes. Tested in tests/integration/test_cli.py.
+// `msa info`: what this build can do on this machine, and which path a shape takes. Tested in
+// tests/integration/test_cli.py.
 #include <fmt/format.h>
 
 #include <cstdint>
@@ -17,7 +18,8 @@ namespace {
 
 struct InfoOptions {
   bool json = false;
-  std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, value_dim = 0, index_dim = 0, block_size = 128, topk = 16;
+  std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, value_dim = 0, index_dim = 0, block_size = 128,
+               topk = 16;
 };
 
 void check_multiple(const char* name, std::int64_t value) {
@@ -32,7 +34,8 @@ void check_shape(const InfoOptions& o) {
   check_multiple("value-dim", o.value_dim);
   check_multiple("index-dim", o.index_dim);
   if (o.kv_heads < 1 || o.query_heads < 1 || o.query_heads % o.kv_heads != 0) {
-    throw Error(fmt::format("--query-heads: {} must be a positive multiple of --kv-heads {}", o.query_heads, o.kv_heads));
+    throw Error(
+        fmt::format("--query-heads: {} must be a positive multiple of --kv-heads {}", o.query_heads, o.kv_heads));
   }
   const bool power_of_two = o.block_size > 0 && (o.block_size & (o.block_size - 1)) == 0;
   if (!power_of_two || o.block_size < kMinBlockSize || o.block_size > kMaxBlockSize) {
@@ -49,9 +52,8 @@ void print_info(InfoOptions o) {
   const std::string active = active_instruction_set();
   nlohmann::ordered_json info;
   info["version"] = version();
-  info["backends"]["cpu"] = {{"available", true},
-                             {"instruction_sets", supported_instruction_sets()},
-                             {"active_instruction_set", active}};
+  info["backends"]["cpu"] = {
+      {"available", true}, {"instruction_sets", supported_instruction_sets()}, {"active_instruction_set", active}};
   info["backends"]["reference"] = {{"available", true}, {"arithmetic", "scalar float64"}};
   info["backends"]["cuda"] = {{"available", false}, {"why", "built without CUDA"}};
   info["threads"] = std::thread::hardware_concurrency();
@@ -60,22 +62,32 @@ void print_info(InfoOptions o) {
   info["limits"] = {{"block_size", {kMinBlockSize, kMaxBlockSize}},
                     {"topk", {1, kMaxTopk}},
                     {"head_dim", {kHeadDimMultiple, kMaxHeadDim}}};
-  // Every geometry takes the same path; what differs is the arithmetic of products, by storage type and instruction set.
+  // Every geometry takes the same path; what differs is the arithmetic of products, by storage type and instruction
+  // set.
   const std::string cpu_path = "cpu/" + active;
-  info["shape"] = {{"query_heads", o.query_heads}, {"kv_heads", o.kv_heads},   {"head_dim", o.head_dim},
-                   {"value_dim", o.value_dim},     {"index_dim", o.index_dim}, {"block_size", o.block_size},
+  info["shape"] = {{"query_heads", o.query_heads},
+                   {"kv_heads", o.kv_heads},
+                   {"head_dim", o.head_dim},
+                   {"value_dim", o.value_dim},
+                   {"index_dim", o.index_dim},
+                   {"block_size", o.block_size},
                    {"topk", o.topk}};
-  for (const char* op : {"select_blocks", "topk_blocks", "sparse_attention", "sparse_attention_backward", "dense_attention",
-                         "dense_attention_backward", "index_kl", "index_kl_backward", "selection_recall"}) {
+  for (const char* op :
+       {"select_blocks", "topk_blocks", "sparse_attention", "sparse_attention_backward", "dense_attention",
+        "dense_attention_backward", "index_kl", "index_kl_backward", "selection_recall"}) {
     info["paths"][op] = cpu_path;
   }
   const bool has_amx = active == "amx";
   const bool has_bf16_dots = has_amx || active == "avx512_bf16";
   const bool has_int8_dots = has_bf16_dots || active == "avx512_vnni";
-  info["products"] = {{"bfloat16", has_amx ? "bf16, AMX tiles" : has_bf16_dots ? "bf16, vdpbf16ps" : "float32"},
+  info["products"] = {{"bfloat16", has_amx         ? "bf16, AMX tiles"
+                                   : has_bf16_dots ? "bf16, vdpbf16ps"
+                                                   : "float32"},
                       {"float32, float16", "float32"}};
-  info["screening"] = has_int8_dots ? "int8 first, then the candidates exactly, from 128 rows a call on; MSA_SCREEN=0 or 1 forces a path"
-                                    : "off: this instruction set has no int8 dot products; MSA_SCREEN=1 forces it";
+  info["screening"] =
+      has_int8_dots
+          ? "int8 first, then the candidates exactly, from 128 rows a call on; MSA_SCREEN=0 or 1 forces a path"
+          : "off: this instruction set has no int8 dot products; MSA_SCREEN=1 forces it";
 
   if (o.json) {
     fmt::print("{}\n", info.dump(2));
@@ -88,8 +100,10 @@ void print_info(InfoOptions o) {
   fmt::print("  backend reference  scalar float64, the executable specification\n");
   fmt::print("  backend cuda       not in this build\n");
   fmt::print("  threads            {}\n", std::thread::hardware_concurrency());
-  fmt::print("  storage types      float32, bfloat16, float16, keys and values also float8_e4m3; float32 accumulation\n");
-  fmt::print("  products           of bfloat16 {}; of other types float32\n", info["products"]["bfloat16"].get<std::string>());
+  fmt::print(
+      "  storage types      float32, bfloat16, float16, keys and values also float8_e4m3; float32 accumulation\n");
+  fmt::print("  products           of bfloat16 {}; of other types float32\n",
+             info["products"]["bfloat16"].get<std::string>());
   fmt::print("  screening          {}\n", info["screening"].get<std::string>());
   fmt::print("  geometry           block size {}..{} (powers of two), topk 1..{}, head dimensions {}..{} by {}\n",
              kMinBlockSize, kMaxBlockSize, kMaxTopk, kHeadDimMultiple, kMaxHeadDim, kHeadDimMultiple);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entry of the program `msa`: registers the subcommands, turns exceptions into messages and exit codes (1: failed, 2: bad
-// usage, 130: interrupted). Tested in tests/integration/test_cli.py.
+// Entry of the program `msa`: registers the subcommands, turns exceptions into messages and exit codes (1: failed, 2:
+// bad usage, 130: interrupted). Tested in tests/integration/test_cli.py.
 #include <cstdio>
 #include <exception>
 
@@ -13,8 +13,9 @@
 
 namespace {
 
-// A model's forward frees and takes back buffers of many megabytes all the time. By default glibc returns each to the system
-// and every page of the next one faults in anew, which costs as much as the arithmetic on some virtual machines: keep them.
+// A model's forward frees and takes back buffers of many megabytes all the time. By default glibc returns each to the
+// system and every page of the next one faults in anew, which costs as much as the arithmetic on some virtual machines:
+// keep them.
 void keep_freed_memory() {
 #ifdef __GLIBC__
   mallopt(M_MMAP_MAX, 0);

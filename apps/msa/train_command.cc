@@ -2,7 +2,8 @@
 // `msa train`: both training routes. Writes the model to --out when it ends (or is stopped), training_state.safetensors
 // beside it, and a log, one JSON object a line:
 //   {"step", "stage", "loss", "lm_loss", "kl", "layer_kl": [], "lr", "index_lr", "gradient_norm", "tokens", "seconds",
-//    "block_recall", "score_recall"} and, on steps where held-out text was looked at (the first line, step 0, among them),
+//    "block_recall", "score_recall"} and, on steps where held-out text was looked at (the first line, step 0, among
+//    them),
 //   {"held_out_lm_loss", "held_out_kl", "layer_held_out_kl": [], "layer_block_recall": [], "layer_score_recall": []}.
 // Values that do not exist are null. With --json prints {"out", "log", "steps", "finished", "seconds", "last": the last
 // probed line, "first": the first}. Tested in tests/python/test_train.py.
@@ -129,7 +130,8 @@ model::Decoder make_decoder(const TrainFlags& flags) {
 
 TextSource make_text(const TrainFlags& flags, const files::ModelConfig& config) {
   if (!flags.tokenizer.empty()) return TextSource::load(flags.tokenizer);
-  if (!flags.model.empty() && fs::exists(fs::path(flags.model) / "tokenizer.json")) return TextSource::load(flags.model);
+  if (!flags.model.empty() && fs::exists(fs::path(flags.model) / "tokenizer.json"))
+    return TextSource::load(flags.model);
   return TextSource::bytes(config.vocab_size);
 }
 
@@ -140,7 +142,8 @@ void run_train(TrainFlags flags) {
     for (const std::string& stage : flags.stages) flags.steps.push_back(stage == "sparse" ? 40 : 200);
   }
   if (flags.steps.size() != flags.stages.size()) {
-    throw CLI::ValidationError("--steps", fmt::format("{} numbers for {} stages", flags.steps.size(), flags.stages.size()));
+    throw CLI::ValidationError("--steps",
+                               fmt::format("{} numbers for {} stages", flags.steps.size(), flags.stages.size()));
   }
   std::int64_t total = 0;
   for (std::size_t i = 0; i < flags.stages.size(); ++i) {
@@ -151,7 +154,8 @@ void run_train(TrainFlags flags) {
   options.teacher = flags.teacher == "max" ? Teacher::kMax : Teacher::kMean;
   options.attention = model::parse_attention_mode(flags.attention);
   options.detach_index = !flags.no_detach;
-  options.index_learning_rate = flags.index_learning_rate.value_or(options.freeze_backbone ? 3e-3 : options.learning_rate);
+  options.index_learning_rate =
+      flags.index_learning_rate.value_or(options.freeze_backbone ? 3e-3 : options.learning_rate);
   options.warmup_steps = flags.warmup_steps.value_or(total / 20);
   options.cache_bytes = static_cast<std::size_t>(flags.cache_mib) << 20;
   options.out = flags.out;
@@ -199,7 +203,8 @@ void run_train(TrainFlags flags) {
     }
   }
   if (!result.finished) {
-    fmt::print(stderr, "train: stopped after step {} of {}; the same command goes on from there\n", result.steps, total);
+    fmt::print(stderr, "train: stopped after step {} of {}; the same command goes on from there\n", result.steps,
+               total);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (flags.json) {
@@ -223,14 +228,16 @@ void run_train(TrainFlags flags) {
 void add_train_command(CLI::App& app) {
   auto flags = std::make_shared<TrainFlags>();
   model::TrainOptions& options = flags->options;
-  CLI::App* command = app.add_subcommand("train", "train the index branch, or the whole model; resumes what it finds in --out");
+  CLI::App* command =
+      app.add_subcommand("train", "train the index branch, or the whole model; resumes what it finds in --out");
   command->add_option("--model", flags->model, "checkpoint to train (converted, or dense with --attention dense)")
       ->check(CLI::ExistingDirectory);
   command->add_option("--config", flags->config, "config.json of a model to train from scratch, in place of --model")
       ->check(CLI::ExistingPath)
       ->excludes("--model");
-  command->add_option("--tokenizer", flags->tokenizer,
-                      "directory with tokenizer.json (default: --model's; without any, bytes are tokens)")
+  command
+      ->add_option("--tokenizer", flags->tokenizer,
+                   "directory with tokenizer.json (default: --model's; without any, bytes are tokens)")
       ->check(CLI::ExistingDirectory);
   command->add_option("--data", flags->data, "text files or directories (default: manuals on this machine)");
   command->add_option("--out", flags->out, "directory for the model, the training state and the log")->required();
@@ -242,31 +249,40 @@ void add_train_command(CLI::App& app) {
   command->add_option("--steps", flags->steps, "steps of each stage (default: 200 of warmup, 40 of sparse)")
       ->delimiter(',')
       ->check(CLI::NonNegativeNumber);
-  command->add_flag("--freeze-backbone", options.freeze_backbone, "train the index branch only; no backward through the model");
-  command->add_option("--attention", flags->attention, "dense, window: train without index and KL, to compare with; window is the first block and the "
-                      "most recent ones in sparse stages")
+  command->add_flag("--freeze-backbone", options.freeze_backbone,
+                    "train the index branch only; no backward through the model");
+  command
+      ->add_option("--attention", flags->attention,
+                   "dense, window: train without index and KL, to compare with; window is the first block and the "
+                   "most recent ones in sparse stages")
       ->check(CLI::IsMember({"sparse", "dense", "window"}))
       ->capture_default_str();
   command->add_option("--lambda", options.lambda, "weight of the KL")->capture_default_str();
   command->add_option("--lr", options.learning_rate, "peak learning rate of the backbone")->capture_default_str();
-  command->add_option("--index-lr", flags->index_learning_rate, "peak learning rate of the index branch (default: --lr, with a frozen "
+  command->add_option("--index-lr", flags->index_learning_rate,
+                      "peak learning rate of the index branch (default: --lr, with a frozen "
                       "backbone 3e-3)");
   command->add_option("--schedule", flags->schedule, "of the learning rates, over all stages: cosine, wsd or constant")
       ->check(CLI::IsMember({"cosine", "wsd", "constant"}))
       ->capture_default_str();
-  command->add_option("--warmup-steps", flags->warmup_steps,
-                      "steps of linear rise of the learning rates (default: a twentieth of all)")
+  command
+      ->add_option("--warmup-steps", flags->warmup_steps,
+                   "steps of linear rise of the learning rates (default: a twentieth of all)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--min-lr", options.min_factor, "final learning rates, as a share of the peak")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--weight-decay", options.adamw.weight_decay, "decoupled weight decay")->capture_default_str();
   command->add_option("--clip", options.clip, "largest norm of the gradient; 0: no clipping")->capture_default_str();
-  command->add_option("--batch", options.batch, "windows a micro-batch")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--batch", options.batch, "windows a micro-batch")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   command->add_option("--accumulate", options.accumulate, "micro-batches a step")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--context", options.context, "tokens a window")->check(CLI::Range(2, 1 << 24))->capture_default_str();
+  command->add_option("--context", options.context, "tokens a window")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
   command->add_option("--dtype", flags->dtype, "storage of the parameters in the forward; masters are fp32")
       ->check(CLI::IsMember({"fp32", "bf16"}))
       ->capture_default_str();
@@ -274,7 +290,9 @@ void add_train_command(CLI::App& app) {
   command->add_option("--teacher", flags->teacher, "over a group's heads: mean (the paper's) or max, renormalised")
       ->check(CLI::IsMember({"mean", "max"}))
       ->capture_default_str();
-  command->add_option("--retrieval-share", options.retrieval_share, "share of windows that are synthetic retrieval documents")
+  command
+      ->add_option("--retrieval-share", options.retrieval_share,
+                   "share of windows that are synthetic retrieval documents")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--rows", options.rows, "frozen backbone: query rows a window and step")
@@ -283,7 +301,9 @@ void add_train_command(CLI::App& app) {
   command->add_option("--cache-windows", options.cache_windows, "frozen backbone: windows whose activations are kept")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--long-windows", options.long_windows, "frozen backbone: windows of --long-context tokens beside them")
+  command
+      ->add_option("--long-windows", options.long_windows,
+                   "frozen backbone: windows of --long-context tokens beside them")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--long-context", options.long_context, "tokens of a long window")
@@ -292,8 +312,9 @@ void add_train_command(CLI::App& app) {
   command->add_option("--long-share", options.long_share, "share of the steps that go to long windows")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  command->add_option("--sparse-cache-windows", options.sparse_cache_windows,
-                      "frozen backbone: of them run again by a sparse stage")
+  command
+      ->add_option("--sparse-cache-windows", options.sparse_cache_windows,
+                   "frozen backbone: of them run again by a sparse stage")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--cache-mib", flags->cache_mib, "frozen backbone: memory bound of the kept activations")
@@ -305,24 +326,31 @@ void add_train_command(CLI::App& app) {
   command->add_option("--probe-windows", options.probe_windows, "held-out windows")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--probe-rows", options.probe_rows, "query rows of each")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--save-every", options.save_every, "steps between checkpoints; one is made when a stage ends or is stopped anyway")
+  command->add_option("--probe-rows", options.probe_rows, "query rows of each")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--save-every", options.save_every,
+                   "steps between checkpoints; one is made when a stage ends or is stopped anyway")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_flag("--resume,!--no-resume", options.resume, "go on with the run in --out (default), or start over")
       ->capture_default_str();
   command->add_flag("--no-detach", flags->no_detach, "ablation: let the KL reach the backbone");
   command
-      ->add_option("--index-value-head", flags->index_value_dim,
-                   "ablation: give the index branch values of this dimension (default: head dim), attended to and added")
+      ->add_option(
+          "--index-value-head", flags->index_value_dim,
+          "ablation: give the index branch values of this dimension (default: head dim), attended to and added")
       ->expected(0, 1)
       ->default_str("0")
       ->check(CLI::Range(0, 256));
   command->add_flag("--attention-sink", flags->attention_sink,
                     "ablation: a learned logit a query head in the softmax's denominator");
-  command->add_option("--local-blocks", flags->local_blocks, "last blocks that are always taken, in place of the model's")
+  command
+      ->add_option("--local-blocks", flags->local_blocks, "last blocks that are always taken, in place of the model's")
       ->check(CLI::Range(0, 64));
-  command->add_option("--init-blocks", flags->init_blocks, "first blocks that are always taken, in place of the model's")
+  command
+      ->add_option("--init-blocks", flags->init_blocks, "first blocks that are always taken, in place of the model's")
       ->check(CLI::Range(0, 64));
   command->add_flag("--json", flags->json, "print JSON");
   command->callback([flags] {
@@ -335,7 +363,8 @@ void add_train_command(CLI::App& app) {
                                  "is learned with the language-model loss, which --freeze-backbone does without");
     }
     if (flags->index_value_dim && flags->attention != "sparse") {
-      throw CLI::ValidationError("--index-value-head", "needs the index branch, which --attention " + flags->attention + " does without");
+      throw CLI::ValidationError("--index-value-head",
+                                 "needs the index branch, which --attention " + flags->attention + " does without");
     }
     run_train(*flags);
   });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector building blocks of src/cpu as plain functions, on the instruction set in use, so that each can be timed alone.
+// The vector building blocks of src/cpu as plain functions, on the instruction set in use, so that each can be timed
+// alone.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmarks for development: one thread, data in the caches, rates as counters. For what users see, and for figures
-// that are compared with anything, there is `msa bench`.
+// Microbenchmarks for development: one thread, data in the caches, rates as counters. For what users see, and for
+// figures that are compared with anything, there is `msa bench`.
 //
 //   cmake --preset release -DMSA_BUILD_MICROBENCH=ON && cmake --build build --target msa_microbench
 //   MSA_ISA=avx2 build/bin/msa_microbench --benchmark_filter=topk
@@ -31,7 +31,8 @@ Floats random_floats(std::int64_t count) {
 // A tensor of random values in a storage type.
 class Storage {
  public:
-  Storage(DType dtype, std::int64_t count) : dtype_(dtype), bytes_(static_cast<std::size_t>(count) * dtype_size(dtype)) {
+  Storage(DType dtype, std::int64_t count)
+      : dtype_(dtype), bytes_(static_cast<std::size_t>(count) * dtype_size(dtype)) {
     const Floats values = random_floats(count);
     for (std::int64_t i = 0; i < count; ++i) {
       core::store_element(bytes_.data(), dtype, i, values[static_cast<std::size_t>(i)]);
@@ -45,8 +46,8 @@ class Storage {
 };
 
 void set_rate(benchmark::State& state, const char* name, double amount) {
-  state.counters[name] = benchmark::Counter(amount, benchmark::Counter::kIsIterationInvariantRate,
-                                            benchmark::Counter::OneK::kIs1000);
+  state.counters[name] =
+      benchmark::Counter(amount, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::OneK::kIs1000);
 }
 
 Context one_thread() {
@@ -137,7 +138,8 @@ BENCHMARK(select)->Args({16384, 4, 128, 128})->Args({16384, 3, 64, 64})->Unit(be
 // query heads, kv heads, head dimension, block size.
 void sparse(benchmark::State& state) {
   constexpr std::int64_t kQueries = 64, kTopk = 16, kContext = 16384;
-  const std::int64_t heads = state.range(0), kv_heads = state.range(1), dim = state.range(2), block_size = state.range(3);
+  const std::int64_t heads = state.range(0), kv_heads = state.range(1), dim = state.range(2),
+                     block_size = state.range(3);
   Storage q(DType::kBFloat16, kQueries * heads * dim), out(DType::kBFloat16, kQueries * heads * dim);
   Storage k(DType::kBFloat16, kContext * kv_heads * dim), v(DType::kBFloat16, kContext * kv_heads * dim);
   const std::vector<std::int32_t> cu_q = {0, kQueries}, cu_k = {0, kContext};
@@ -146,7 +148,8 @@ void sparse(benchmark::State& state) {
   std::vector<std::int32_t> blocks;
   std::mt19937 random(2);
   for (std::int64_t row = 0; row < kv_heads * kQueries; ++row) {
-    const auto first = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(kContext / block_size - 2 * kTopk));
+    const auto first =
+        static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(kContext / block_size - 2 * kTopk));
     for (std::int32_t i = 0; i < kTopk; ++i) blocks.push_back(first + i);
   }
   SparseAttentionParams params;

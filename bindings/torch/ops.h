@@ -27,8 +27,8 @@ at::Tensor select_blocks(const at::Tensor& q_idx, const at::Tensor& k_idx, const
                          const at::Tensor& cu_seqlens_k, int64_t block_size, int64_t topk, int64_t local_blocks = 1,
                          int64_t init_blocks = 0, const std::optional<at::Tensor>& query_positions = std::nullopt);
 
-/// scores float32 [rows, blocks] -> int32 [rows, topk], the ids of each row's topk highest scores as select_blocks orders
-/// them, nothing forced. Not differentiable.
+/// scores float32 [rows, blocks] -> int32 [rows, topk], the ids of each row's topk highest scores as select_blocks
+/// orders them, nothing forced. Not differentiable.
 at::Tensor topk_blocks(const at::Tensor& scores, int64_t topk);
 
 /// q [Tq, query_heads, head_dim], k [Tk, kv_heads, head_dim] -> as select_blocks, by true attention mass. One dense

@@ -42,14 +42,14 @@ struct AttentionSaved {
   ConstTensorView dlse;  ///< gradient of lse, float32 [Tq, query_heads]; empty means zero
 };
 
-/// out [Tq, query_heads, value_dim] in the dtype of q; lse float32 [Tq, query_heads], natural log. A row without a valid
-/// block gives out 0 and lse -inf. Touches the selected blocks only: O(topk * block_size * (head_dim + value_dim)) a head
-/// and row. Duplicate, unsorted, out-of-range or invisible ids throw msa::Error.
+/// out [Tq, query_heads, value_dim] in the dtype of q; lse float32 [Tq, query_heads], natural log. A row without a
+/// valid block gives out 0 and lse -inf. Touches the selected blocks only: O(topk * block_size * (head_dim +
+/// value_dim)) a head and row. Duplicate, unsorted, out-of-range or invisible ids throw msa::Error.
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
                       const TensorView& lse);
 /// Packed batches only.
-void sparse_attention_backward(const Context& context, const SparseAttentionParams& params,
-                               const AttentionSaved& saved, const AttentionGrads& grads);
+void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                               const AttentionGrads& grads);
 
 /// The same over the whole visible prefix.
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,

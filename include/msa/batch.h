@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How queries and keys of several sequences lie in the buffers: packed one after the other, or keys in pages. The operators
-// take either; equal tokens give bitwise equal results in both.
+// How queries and keys of several sequences lie in the buffers: packed one after the other, or keys in pages. The
+// operators take either; equal tokens give bitwise equal results in both.
 #pragma once
 
 #include <cstdint>

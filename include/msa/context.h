@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a call runs on: backend, thread count and a limit on scratch memory. A context is a plain value and every operator
-// takes one; the library keeps no other state between calls.
+// What a call runs on: backend, thread count and a limit on scratch memory. A context is a plain value and every
+// operator takes one; the library keeps no other state between calls.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +28,8 @@ struct Context {
   std::size_t workspace_limit = 0;
 };
 
-/// Instruction sets the CPU backend was built for and this machine has, best first: "amx", "avx512_bf16", "avx512_vnni",
-/// "avx512", "avx2", "sse4"; "neon".
+/// Instruction sets the CPU backend was built for and this machine has, best first: "amx", "avx512_bf16",
+/// "avx512_vnni", "avx512", "avx2", "sse4"; "neon".
 std::vector<std::string> supported_instruction_sets();
 /// The one in use: the best, or what the environment variable MSA_ISA names.
 std::string active_instruction_set();

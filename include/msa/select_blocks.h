@@ -12,10 +12,10 @@
 namespace msa {
 
 // Limits of every operator, in one place.
-inline constexpr std::int64_t kMinBlockSize = 16;   ///< block sizes are powers of two in [16, 256]
+inline constexpr std::int64_t kMinBlockSize = 16;  ///< block sizes are powers of two in [16, 256]
 inline constexpr std::int64_t kMaxBlockSize = 256;
-inline constexpr std::int64_t kMaxTopk = 64;        ///< topk in [1, 64]
-inline constexpr std::int64_t kMaxHeadDim = 256;    ///< head dimensions are multiples of 16 up to 256
+inline constexpr std::int64_t kMaxTopk = 64;      ///< topk in [1, 64]
+inline constexpr std::int64_t kMaxHeadDim = 256;  ///< head dimensions are multiples of 16 up to 256
 inline constexpr std::int64_t kHeadDimMultiple = 16;
 
 struct SelectBlocksParams {
@@ -28,9 +28,10 @@ struct SelectBlocksParams {
   std::int64_t init_blocks = 0;   ///< first blocks always taken; count against topk
 };
 
-/// Writes `blocks`, int32 [kv_heads, Tq, topk]: the ids of each row's selected blocks, ascending, packed to the left, -1
-/// behind them. Scores are q_idx . k_idx in fp32, max-pooled over the visible tokens of a block; no exponential is taken.
-/// O(visible tokens * index_dim) a row; scratch memory independent of the number of keys. Throws msa::Error on bad input.
+/// Writes `blocks`, int32 [kv_heads, Tq, topk]: the ids of each row's selected blocks, ascending, packed to the left,
+/// -1 behind them. Scores are q_idx . k_idx in fp32, max-pooled over the visible tokens of a block; no exponential is
+/// taken. O(visible tokens * index_dim) a row; scratch memory independent of the number of keys. Throws msa::Error on
+/// bad input.
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks);
 
 struct OracleBlocksParams {
@@ -44,9 +45,9 @@ struct OracleBlocksParams {
   std::optional<double> scale;  ///< default 1/sqrt(head_dim)
 };
 
-/// Like select_blocks, but blocks are ranked by the main branch's own probability mass (full causal softmax, averaged over
-/// the group's heads): the best any index could do, used as an upper bound and by selection_recall (SPEC section 4).
-/// Costs one pass of dense scores.
+/// Like select_blocks, but blocks are ranked by the main branch's own probability mass (full causal softmax, averaged
+/// over the group's heads): the best any index could do, used as an upper bound and by selection_recall (SPEC section
+/// 4). Costs one pass of dense scores.
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks);
 
 }  // namespace msa

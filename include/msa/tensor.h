@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Non-owning strided views: the only way tensors enter and leave the library. A view is a pointer, a type, and up to four
-// extents with element strides; the last dimension must be contiguous (stride 1), the others may have any stride.
+// Non-owning strided views: the only way tensors enter and leave the library. A view is a pointer, a type, and up to
+// four extents with element strides; the last dimension must be contiguous (stride 1), the others may have any stride.
 // Tested in tests/unit/tensor_test.cc.
 #pragma once
 

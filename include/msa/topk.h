@@ -14,10 +14,11 @@ struct TopkBlocksParams {
   std::int64_t topk = 16;  ///< 1 to kMaxTopk
 };
 
-/// Writes `ids`, int32 [rows, topk]: the ids of each row's topk highest scores, ascending, packed to the left, -1 behind
-/// them when the row has fewer blocks. Equal scores go to the lower id, -0 equals +0, subnormal values are values, and NaN
-/// ranks below every number, -inf included. Nothing is forced: select_blocks adds that, and computes the scores.
-/// Two passes over a row while it lies in the cache; no exponential, no sort. Throws msa::Error on bad input.
+/// Writes `ids`, int32 [rows, topk]: the ids of each row's topk highest scores, ascending, packed to the left, -1
+/// behind them when the row has fewer blocks. Equal scores go to the lower id, -0 equals +0, subnormal values are
+/// values, and NaN ranks below every number, -inf included. Nothing is forced: select_blocks adds that, and computes
+/// the scores. Two passes over a row while it lies in the cache; no exponential, no sort. Throws msa::Error on bad
+/// input.
 void topk_blocks(const Context& context, const TopkBlocksParams& params, const TensorView& ids);
 
 }  // namespace msa

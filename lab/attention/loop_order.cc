@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The order of loops in sparse attention, as a ladder: the same kernel with chunks from one query (queries outermost: every
-// query prepares its own blocks) to all of them (blocks outermost: a block is prepared once for all that chose it). The
-// results are equal bit for bit; only the time differs. Usage: loop_order [context] [queries] [float32|bfloat16]
+// The order of loops in sparse attention, as a ladder: the same kernel with chunks from one query (queries outermost:
+// every query prepares its own blocks) to all of them (blocks outermost: a block is prepared once for all that chose
+// it). The results are equal bit for bit; only the time differs. Usage: loop_order [context] [queries]
+// [float32|bfloat16]
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -53,7 +54,8 @@ int main(int argc, char** argv) {
   const std::int64_t queries = argc > 2 ? std::atoll(argv[2]) : 512;
   const msa::DType dtype = argc > 3 && std::string(argv[3]) == "float32" ? msa::DType::kFloat32 : msa::DType::kBFloat16;
   if (context - queries < kTopk * kBlock || queries < 1) {
-    std::fprintf(stderr, "the context must hold %lld tokens before the queries\n", static_cast<long long>(kTopk * kBlock));
+    std::fprintf(stderr, "the context must hold %lld tokens before the queries\n",
+                 static_cast<long long>(kTopk * kBlock));
     return 2;
   }
   std::mt19937 random(1);
@@ -99,7 +101,8 @@ int main(int argc, char** argv) {
     std::vector<double> seconds;
     for (int i = 0; i < kRepeats; ++i) {
       const auto start = std::chrono::steady_clock::now();
-      msa::sparse_attention(run, params, msa::make_view(static_cast<void*>(out.data()), dtype, {queries, kQueryHeads, kDim}),
+      msa::sparse_attention(run, params,
+                            msa::make_view(static_cast<void*>(out.data()), dtype, {queries, kQueryHeads, kDim}),
                             msa::make_view(lse.data(), {queries, kQueryHeads}));
       seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }

@@ -93,7 +93,8 @@ class PagedCache {
 
   /// Writes rows [position, position + n) of one layer: k [n, kv_heads, head_dim], v [n, kv_heads, value_dim] in the
   /// cache's dtype, k_idx [n, index_dim] in its index dtype (empty for a layer without an index branch). A float8 cache
-  /// takes rows of any float type and rounds them, what is beyond 448 to 448. Throws msa::Error on another shape or dtype, and on rows that were not appended or that another sequence shares.
+  /// takes rows of any float type and rounds them, what is beyond 448 to 448. Throws msa::Error on another shape or
+  /// dtype, and on rows that were not appended or that another sequence shares.
   void write(std::int64_t layer, SequenceId sequence, std::int64_t position, const ConstTensorView& k,
              const ConstTensorView& v, const ConstTensorView& k_idx);
 
@@ -127,7 +128,8 @@ class PagedCache {
   const LayerShape& layer_shape(std::int64_t layer) const;
   void copy_rows(std::int32_t from_page, std::int32_t to_page, std::int64_t rows);
   void release(std::int32_t page);
-  void write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position, const ConstTensorView& rows);
+  void write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position,
+                  const ConstTensorView& rows);
 
   CacheShape shape_;
   std::int64_t max_pages_ = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See conformance.h. Each case draws inputs, asks the reference and the backend for everything, and holds the difference
-// against what the naive program would have been allowed (naive.h).
+// See conformance.h. Each case draws inputs, asks the reference and the backend for everything, and holds the
+// difference against what the naive program would have been allowed (naive.h).
 #include "src/conformance/conformance.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Geometry {
 
 // Powers of two and not, every dimension different, smallest and largest blocks, the paper's and SmolLM2's geometry.
 constexpr Geometry kGeometries[] = {
-    {64, 4, 128, 128, 128, 128, 2}, {9, 3, 64, 64, 64, 64, 3}, {1, 1, 16, 16, 16, 16, 1},
+    {64, 4, 128, 128, 128, 128, 2}, {9, 3, 64, 64, 64, 64, 3},   {1, 1, 16, 16, 16, 16, 1},
     {5, 5, 48, 80, 32, 16, 5},      {14, 2, 80, 32, 112, 32, 4}, {6, 2, 256, 256, 256, 256, 1},
 };
 
@@ -85,9 +85,9 @@ class Case {
     draw(in_.k_idx, tk * g.index_dim);
     in_.dlse.resize(at(tq * g.query_heads));
     for (float& value : in_.dlse) value = normal_(random_);
-    name_ = std::to_string(g.query_heads) + "/" + std::to_string(g.kv_heads) + " heads, D " + std::to_string(g.head_dim) +
-            ", Dv " + std::to_string(g.value_dim) + ", Di " + std::to_string(g.index_dim) + ", block " +
-            std::to_string(g.block_size) + ", topk " + std::to_string(g.topk) + ", " + dtype_name(dtype);
+    name_ = std::to_string(g.query_heads) + "/" + std::to_string(g.kv_heads) + " heads, D " +
+            std::to_string(g.head_dim) + ", Dv " + std::to_string(g.value_dim) + ", Di " + std::to_string(g.index_dim) +
+            ", block " + std::to_string(g.block_size) + ", topk " + std::to_string(g.topk) + ", " + dtype_name(dtype);
   }
   const std::string& name() const { return name_; }
 
@@ -153,7 +153,8 @@ class Case {
     Storage dq_idx(dtype, in_.q_idx.size()), dk_idx(dtype, in_.k_idx.size());
     Outputs result;
     result.lse.resize(in_.dlse.size());
-    const ConstTensorView blocks = make_view(static_cast<const std::int32_t*>(in_.blocks.data()), {g_.kv_heads, tq, g_.topk});
+    const ConstTensorView blocks =
+        make_view(static_cast<const std::int32_t*>(in_.blocks.data()), {g_.kv_heads, tq, g_.topk});
     const ConstTensorView q_view = q.view({tq, g_.query_heads, g_.head_dim});
     const ConstTensorView k_view = k.view({tk, g_.kv_heads, g_.head_dim});
     const ConstTensorView v_view = v.view({tk, g_.kv_heads, g_.value_dim});
@@ -179,7 +180,8 @@ class Case {
     }
     std::vector<float> lse_main(result.lse.size()), lse_index(at(tq * g_.kv_heads)), norm(at(tq * g_.kv_heads));
     const IndexKlSaved kl_saved{make_view(lse_main.data(), {tq, g_.query_heads}),
-                                make_view(lse_index.data(), {tq, g_.kv_heads}), make_view(norm.data(), {tq, g_.kv_heads})};
+                                make_view(lse_index.data(), {tq, g_.kv_heads}),
+                                make_view(norm.data(), {tq, g_.kv_heads})};
     IndexKlParams kl;
     kl.q = q_view, kl.k = k_view;
     kl.q_idx = q_idx.view({tq, g_.kv_heads, g_.index_dim});
@@ -275,8 +277,8 @@ void check_topk(const Context& context, std::vector<CheckResult>& results) {
         const float score = normal(random);
         // A third of the rows has ties everywhere, another one NaN.
         const std::int64_t kind = i / blocks % 3;
-        scores[at(i)] = kind == 0                  ? score
-                        : kind == 1                ? std::round(score)
+        scores[at(i)] = kind == 0                 ? score
+                        : kind == 1               ? std::round(score)
                         : std::fabs(score) > 0.5f ? std::numeric_limits<float>::quiet_NaN()
                                                   : score;
       }

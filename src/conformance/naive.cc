@@ -111,7 +111,8 @@ class NaiveRun {
           result_.dq[head * at(in_.head_dim) + at(d)] += scale * ds * in_.k[key(j, in_.head_dim) + at(d)];
           result_.dk[key(j, in_.head_dim) + at(d)] += scale * ds * q[d];
         }
-        for (std::int64_t d = 0; d < in_.value_dim; ++d) result_.dv[key(j, in_.value_dim) + at(d)] += rounded(p[j]) * dout[d];
+        for (std::int64_t d = 0; d < in_.value_dim; ++d)
+          result_.dv[key(j, in_.value_dim) + at(d)] += rounded(p[j]) * dout[d];
       }
     }
     index_row(row, group, key_begin, tokens, teacher);
@@ -150,12 +151,9 @@ class NaiveRun {
 
 float round_to(DType dtype, float value) {
   switch (dtype) {
-    case DType::kBFloat16:
-      return core::bf16_to_float(core::float_to_bf16(value));
-    case DType::kFloat16:
-      return core::f16_to_float(core::float_to_f16(value));
-    default:
-      return value;
+    case DType::kBFloat16: return core::bf16_to_float(core::float_to_bf16(value));
+    case DType::kFloat16: return core::f16_to_float(core::float_to_f16(value));
+    default: return value;
   }
 }
 

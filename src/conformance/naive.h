@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The yardstick of the tolerance rule (SPEC section 6): attention and KL as a plain program in the storage type would
-// compute them. Scores, probabilities and outputs are rounded to the storage type, sums run in float. A backend may be off
-// the exact result by twice what this is, plus one rounding of the storage type at the largest value.
+// compute them. Scores, probabilities and outputs are rounded to the storage type, sums run in float. A backend may be
+// off the exact result by twice what this is, plus one rounding of the storage type at the largest value.
 #pragma once
 
 #include <cstdint>

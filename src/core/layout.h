@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where rows of a batch live: turns (sequence, position) into addresses, for packed and paged buffers alike, so that no
-// kernel knows which of the two it runs on. Built after validation; trusts its input. Tested in tests/unit/layout_test.cc.
+// kernel knows which of the two it runs on. Built after validation; trusts its input. Tested in
+// tests/unit/layout_test.cc.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,8 @@ inline std::int64_t total_queries(const Batch& batch) { return batch.cu_seqlens_
 /// without a head dimension ([tokens, dim] / [pages, page, dim]) it is 0.
 class KeyRows {
  public:
-  KeyRows(const ConstTensorView& tensor, const Batch& batch) : batch_(&batch), data_(tensor.data), dtype_(tensor.dtype) {
+  KeyRows(const ConstTensorView& tensor, const Batch& batch)
+      : batch_(&batch), data_(tensor.data), dtype_(tensor.dtype) {
     element_bytes_ = static_cast<std::int64_t>(dtype_size(tensor.dtype));
     if (batch.is_paged) {
       page_ = tensor.size(1);

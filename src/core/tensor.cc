@@ -35,29 +35,21 @@ View make(Pointer data, DType dtype, std::initializer_list<std::int64_t> shape) 
 std::size_t dtype_size(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
+    case DType::kInt32: return 4;
     case DType::kBFloat16:
-    case DType::kFloat16:
-      return 2;
-    case DType::kFloat8E4M3:
-      return 1;
+    case DType::kFloat16: return 2;
+    case DType::kFloat8E4M3: return 1;
   }
   return 0;
 }
 
 const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32:
-      return "float32";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kInt32:
-      return "int32";
-    case DType::kFloat8E4M3:
-      return "float8_e4m3";
+    case DType::kFloat32: return "float32";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+    case DType::kInt32: return "int32";
+    case DType::kFloat8E4M3: return "float8_e4m3";
   }
   return "unknown";
 }

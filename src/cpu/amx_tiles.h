@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX tile registers for the length of a scope: eight tiles of 16 rows x 64 bytes. What was configured before (by another
-// library on the same thread) is put back. Only for code that runs when active_dot_products() is kAmx.
+// AMX tile registers for the length of a scope: eight tiles of 16 rows x 64 bytes. What was configured before (by
+// another library on the same thread) is put back. Only for code that runs when active_dot_products() is kAmx.
 #pragma once
 
 #if defined(__x86_64__)
@@ -46,7 +46,8 @@ class AmxTiles {
     std::uint16_t row_bytes[16] = {};
     std::uint8_t rows[16] = {};
   };
-  // g++ 12 tells the compiler that the two instructions above touch 8 of the 64 bytes: the others must be in memory anyway.
+  // g++ 12 tells the compiler that the two instructions above touch 8 of the 64 bytes: the others must be in memory
+  // anyway.
   static void touch(Config* config) { asm volatile("" : : "r"(config) : "memory"); }
 
   Config before_;

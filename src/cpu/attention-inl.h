@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward of the main branch for a chunk of queries and one kv head, shared by sparse and dense attention: blocks are
-// visited in ascending order, each loaded once for all rows of the chunk that take part, with a running softmax a row
-// (maximum, sum of exponentials, weighted sum of values). A row sees its own blocks in the same order whatever the chunk,
-// so its result does not depend on how the work was cut. Tested in tests/unit/sparse_attention_test.cc and
+// The forward of the main branch for a chunk of queries and one kv head, shared by sparse and dense attention: blocks
+// are visited in ascending order, each loaded once for all rows of the chunk that take part, with a running softmax a
+// row (maximum, sum of exponentials, weighted sum of values). A row sees its own blocks in the same order whatever the
+// chunk, so its result does not depend on how the work was cut. Tested in tests/unit/sparse_attention_test.cc and
 // dense_attention_test.cc.
 #if defined(MSA_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_INL_H_
@@ -164,8 +164,8 @@ class ChunkAttention {
       std::int64_t end = r + 1;
       while (end < rows && row_visible[end] == row_visible[r]) ++end;
       product_of_rows(end - r, shape.value_dim, row_visible[r],
-                      StridedRows<const float>{scores_ + r * score_stride, score_stride},
-                      1, values_, padded_stride(shape.value_dim), row_sums + r, true);
+                      StridedRows<const float>{scores_ + r * score_stride, score_stride}, 1, values_,
+                      padded_stride(shape.value_dim), row_sums + r, true);
       r = end;
     }
   }

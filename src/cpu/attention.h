@@ -22,8 +22,8 @@ struct AttentionInput {
   float scale = 1;
   Bf16Kernel multiply_bf16 = nullptr;  ///< set when shape.has_bf16_dots
   bool needs_amx_tiles = false;        ///< of the thread that calls multiply_bf16
-  TensorView out;  ///< [Tq, query_heads, value_dim]
-  TensorView lse;  ///< float32 [Tq, query_heads]
+  TensorView out;                      ///< [Tq, query_heads, value_dim]
+  TensorView lse;                      ///< float32 [Tq, query_heads]
   AttentionShape shape;
   ChunkPlan plan;
   AttentionLayout layout;  ///< of a chunk of plan.chunk queries

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention-inl.h for bf16 queries and bf16 or float8 keys and values on machines with bf16 dot products: the same chunk, the same visiting of blocks in
-// ascending order, with both products in bf16 and everything between them in float. Probabilities are rounded to bf16 before
-// they meet the values, after their sum was taken. Uses AVX-512 directly: only that set has such products. Tested in
-// tests/unit/sparse_attention_test.cc and dense_attention_test.cc.
+// attention-inl.h for bf16 queries and bf16 or float8 keys and values on machines with bf16 dot products: the same
+// chunk, the same visiting of blocks in ascending order, with both products in bf16 and everything between them in
+// float. Probabilities are rounded to bf16 before they meet the values, after their sum was taken. Uses AVX-512
+// directly: only that set has such products. Tested in tests/unit/sparse_attention_test.cc and dense_attention_test.cc.
 #if defined(MSA_CPU_ATTENTION_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_ATTENTION_BF16_INL_H_
 #undef MSA_CPU_ATTENTION_BF16_INL_H_
@@ -34,7 +34,8 @@ namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
 /// Sixteen rows of up to sixteen 32-bit words become sixteen columns: out[c * out_stride + r] = rows[r][c].
-inline HWY_ATTR void transpose_words(__m512i* HWY_RESTRICT r, std::uint32_t* HWY_RESTRICT out, std::int64_t out_stride) {
+inline HWY_ATTR void transpose_words(__m512i* HWY_RESTRICT r, std::uint32_t* HWY_RESTRICT out,
+                                     std::int64_t out_stride) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {  // pairs of rows: words of both side by side
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -81,8 +82,8 @@ inline HWY_ATTR __mmask32 first_of_32(std::int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
 }
 
-/// Keys as `multiply_bf16` reads b: pair d / 2 of key first + j at out[d / 2 * out_stride + 2 * j]; zeros behind the last key
-/// up to a multiple of 16 and behind the last dimension up to padded_inner.
+/// Keys as `multiply_bf16` reads b: pair d / 2 of key first + j at out[d / 2 * out_stride + 2 * j]; zeros behind the
+/// last key up to a multiple of 16 and behind the last dimension up to padded_inner.
 inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head, std::int64_t first,
                                std::int64_t count, std::int64_t head_dim, std::uint16_t* out, std::int64_t out_stride) {
   auto* words = reinterpret_cast<std::uint32_t*>(out);
@@ -101,13 +102,13 @@ inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence,
   }
 }
 
-/// Values as `multiply_bf16` reads b: element e of key first + j at out[j / 2 * out_stride + 2 * e + j % 2]; zeros behind the
-/// last key up to padded_inner. Returns whether all of them are finite.
+/// Values as `multiply_bf16` reads b: element e of key first + j at out[j / 2 * out_stride + 2 * e + j % 2]; zeros
+/// behind the last key up to padded_inner. Returns whether all of them are finite.
 inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
                                  std::int64_t first, std::int64_t count, std::int64_t value_dim, std::uint16_t* out,
                                  std::int64_t out_stride) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 special = 0;  // all exponent bits set: infinity or NaN
@@ -140,12 +141,12 @@ inline HWY_ATTR __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
 }
 
-/// The high halves of two vectors after rounding, as bf16, ties away from zero: for probabilities, which are never so large
-/// that the rounding could overflow. NaN may lose its meaning: the row's sum keeps it.
+/// The high halves of two vectors after rounding, as bf16, ties away from zero: for probabilities, which are never so
+/// large that the rounding could overflow. NaN may lose its meaning: the row's sum keeps it.
 inline HWY_ATTR __m512i round_to_bf16(__m512 first, __m512 second) {
   const __m512i half = _mm512_set1_epi32(0x8000);
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
-                                       21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(first), half), odd,
                                    _mm512_add_epi32(_mm512_castps_si512(second), half));
 }
@@ -153,7 +154,8 @@ inline HWY_ATTR __m512i round_to_bf16(__m512 first, __m512 second) {
 /// As ChunkAttention.
 class Bf16ChunkAttention {
  public:
-  HWY_ATTR Bf16ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+  HWY_ATTR Bf16ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                              float* scratch)
       : input_(input),
         sequence_(core::get_sequence(input.batch, chunk.sequence)),
         begin_(chunk.begin),
@@ -216,8 +218,8 @@ class Bf16ChunkAttention {
       }
       return;
     }
-    // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first, and
-    // what the next one does not see is cleared.
+    // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first,
+    // and what the next one does not see is cleared.
     std::int64_t kept = block_keys;
     for (std::int64_t m = n - 1; m >= 0; --m) {
       const std::int64_t visible = std::min(block_keys, position_of(members_[m]) + 1 - block_begin);

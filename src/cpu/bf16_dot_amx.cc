@@ -14,8 +14,8 @@ namespace {
 constexpr std::int64_t kTile = 16;       // rows and columns of sums
 constexpr std::int64_t kMaxInner = 256;  // what a row that has to be copied may hold
 
-// kRowTiles x kColTiles tiles of sums (2 x 2: a step loads 4 tiles for 4 products, 8 cycles a load against 16 a product).
-// a: row tiles of `a_stride` elements a row.
+// kRowTiles x kColTiles tiles of sums (2 x 2: a step loads 4 tiles for 4 products, 8 cycles a load against 16 a
+// product). a: row tiles of `a_stride` elements a row.
 template <int kRowTiles, int kColTiles>
 MSA_AMX_TARGET void tiles(const Bf16Product& p, const std::uint16_t* const* a, const std::int64_t* a_stride,
                           std::int64_t row, std::int64_t column) {
@@ -47,7 +47,8 @@ MSA_AMX_TARGET void tiles(const Bf16Product& p, const std::uint16_t* const* a, c
   if constexpr (kRowTiles == 2 && kColTiles == 2) _tile_stored(3, c + kTile * p.c_stride + kTile, c_bytes);
 }
 
-// Sixteen rows as a tile load wants them, one stride apart: where they lie, or copied. Rows behind the last are the first.
+// Sixteen rows as a tile load wants them, one stride apart: where they lie, or copied. Rows behind the last are the
+// first.
 const std::uint16_t* tile_rows(const Bf16Product& p, std::int64_t row, std::uint16_t* copy, std::int64_t& stride) {
   const std::uint16_t* const* rows = p.a + row;
   const std::int64_t count = p.rows - row < kTile ? p.rows - row : kTile;

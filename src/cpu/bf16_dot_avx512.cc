@@ -11,13 +11,14 @@
 namespace msa::cpu {
 namespace {
 
-// 8 x 3 sums, 3 columns' pairs and one broadcast pair: 28 of 32 registers. The instruction takes 6 to 8 cycles and one starts
-// a cycle, so 8 sums in flight are needed; 24 leave 11 loads to 24 products, below the two loads a cycle.
+// 8 x 3 sums, 3 columns' pairs and one broadcast pair: 28 of 32 registers. The instruction takes 6 to 8 cycles and one
+// starts a cycle, so 8 sums in flight are needed; 24 leave 11 loads to 24 products, below the two loads a cycle.
 constexpr int kRows = 8;
 constexpr int kVecs = 3;
 
 template <int kR, int kV>
-MSA_BF16_TARGET inline __attribute__((always_inline)) void tile(const Bf16Product& p, std::int64_t row, std::int64_t column) {
+MSA_BF16_TARGET inline __attribute__((always_inline)) void tile(const Bf16Product& p, std::int64_t row,
+                                                                std::int64_t column) {
   __m512 sum[kR][kV];
   const std::uint16_t* a[kR];
 #pragma GCC unroll 8

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Probability mass of every visible block for a chunk of queries of one group: full causal softmax of the main branch,
-// averaged over the group's heads (SPEC section 4). One pass over the keys leaves each block's own maximum and sum; they
-// are put together at the end. Used by select_blocks_oracle and selection_recall, and tested through them.
+// averaged over the group's heads (SPEC section 4). One pass over the keys leaves each block's own maximum and sum;
+// they are put together at the end. Used by select_blocks_oracle and selection_recall, and tested through them.
 #if defined(MSA_CPU_BLOCK_MASS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_BLOCK_MASS_INL_H_
 #undef MSA_CPU_BLOCK_MASS_INL_H_
@@ -25,8 +25,9 @@ namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
 /// Fills the part `mass` of the scratch memory: mass[i * shape.blocks + b] = mass of block b in the row of query
-/// chunk.begin + i and group kv_head, for every block visible to that query; what lies behind them is not written. A row
-/// with a NaN score is NaN throughout. `scratch` is laid out by lay_out_block_mass(shape, plan.chunk); returns `mass`.
+/// chunk.begin + i and group kv_head, for every block visible to that query; what lies behind them is not written. A
+/// row with a NaN score is NaN throughout. `scratch` is laid out by lay_out_block_mass(shape, plan.chunk); returns
+/// `mass`.
 inline HWY_ATTR const float* block_mass(const ConstTensorView& q, const ConstTensorView& k, const Batch& batch,
                                         float scale, const BlockMassShape& shape, const BlockMassLayout& layout,
                                         const QueryChunk& chunk, std::int64_t kv_head, float* scratch) {

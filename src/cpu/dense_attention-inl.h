@@ -20,7 +20,7 @@ namespace HWY_NAMESPACE {
 
 template <class Chunk>
 HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                               float* scratch) {
+                                  float* scratch) {
   Chunk attention(input, chunk, kv_head, scratch);
   const std::int64_t block_size = input.shape.block_size;
   const std::int64_t blocks = attention.position_of(attention.count() - 1) / block_size + 1;
@@ -36,7 +36,7 @@ HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk&
 
 /// One task: the rows of a chunk and a kv head.
 inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                                 float* scratch) {
+                                    float* scratch) {
 #if HWY_TARGET == HWY_AVX3
   if (input.multiply_bf16 != nullptr) {
     std::optional<AmxTiles> tiles;

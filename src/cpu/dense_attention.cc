@@ -18,8 +18,8 @@ namespace msa::cpu {
 
 namespace {
 
-// A constant, so that pages of any size and packed keys give the same bits. At 128 keys the work a block costs a row beside
-// its products (rescaling, softmax ends) is a few percent, and a tile of keys stays within the L2 cache.
+// A constant, so that pages of any size and packed keys give the same bits. At 128 keys the work a block costs a row
+// beside its products (rescaling, softmax ends) is a few percent, and a tile of keys stays within the L2 cache.
 constexpr std::int64_t kDenseBlockSize = 128;
 
 }  // namespace

@@ -12,12 +12,13 @@ enum class DotProducts {
   kAmx,     ///< those, and AMX tiles of both (tdpbusd, tdpbf16ps)
 };
 
-/// The best this machine has. Asks the system once for the right to use AMX tiles, whose registers a process does not get
-/// otherwise; where it refuses, there are none.
+/// The best this machine has. Asks the system once for the right to use AMX tiles, whose registers a process does not
+/// get otherwise; where it refuses, there are none.
 DotProducts detect_dot_products();
 
-/// Whether vdpbf16ps does more in a cycle than float multiply-adds. Zen 4 and 5 start as many of either, and it does twice
-/// the work; Intel's cores start a quarter as many (measured: 115 against 234 GFLOP/s), and leave the work to AMX.
+/// Whether vdpbf16ps does more in a cycle than float multiply-adds. Zen 4 and 5 start as many of either, and it does
+/// twice the work; Intel's cores start a quarter as many (measured: 115 against 234 GFLOP/s), and leave the work to
+/// AMX.
 bool bf16_dots_are_fast();
 
 /// What the instruction set in use has (instruction_set.h): never more than detect_dot_products().

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// See instruction_set.h. Highway keeps one dispatch mask a process; choosing a set means leaving a single bit in it. Two
-// sets more stand before AVX-512: the same vector code, with the dot products of narrow types that some machines add.
-// Tested in tests/unit/instruction_set_test.cc.
+// See instruction_set.h. Highway keeps one dispatch mask a process; choosing a set means leaving a single bit in it.
+// Two sets more stand before AVX-512: the same vector code, with the dot products of narrow types that some machines
+// add. Tested in tests/unit/instruction_set_test.cc.
 #include "src/cpu/instruction_set.h"
 
 #include <algorithm>
@@ -26,19 +26,14 @@ struct InstructionSet {
 std::string name_of(std::int64_t target) {
   switch (target) {
 #if HWY_ARCH_X86
-    case HWY_SSE4:
-      return "sse4";
-    case HWY_AVX2:
-      return "avx2";
-    case HWY_AVX3:
-      return "avx512";
+    case HWY_SSE4: return "sse4";
+    case HWY_AVX2: return "avx2";
+    case HWY_AVX3: return "avx512";
 #endif
 #if HWY_ARCH_ARM
-    case HWY_NEON:
-      return "neon";
+    case HWY_NEON: return "neon";
 #endif
-    default:
-      return "portable";
+    default: return "portable";
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the vector kernels run on: chosen once, high up, by Highway's dispatch table; MSA_ISA overrides it.
+// Which instruction set the vector kernels run on: chosen once, high up, by Highway's dispatch table; MSA_ISA overrides
+// it.
 #pragma once
 
 #include <string>

@@ -9,8 +9,8 @@
 
 namespace msa::cpu {
 
-void int8_block_max_portable(const std::uint8_t* keys, std::int64_t key_count, std::int64_t dim, const std::int8_t* rows,
-                             std::int64_t groups, std::int32_t* largest) {
+void int8_block_max_portable(const std::uint8_t* keys, std::int64_t key_count, std::int64_t dim,
+                             const std::int8_t* rows, std::int64_t groups, std::int32_t* largest) {
   for (std::int64_t g = 0; g < groups; ++g, rows += kInt8Rows * dim, largest += kInt8Rows) {
     std::fill(largest, largest + kInt8Rows, INT32_MIN);
     for (std::int64_t j = 0; j < key_count; ++j) {
@@ -28,13 +28,10 @@ void int8_block_max_portable(const std::uint8_t* keys, std::int64_t key_count, s
 Int8Dot active_int8_dot() {
 #if defined(__x86_64__)
   switch (active_dot_products()) {
-    case DotProducts::kAmx:
-      return {int8_block_max_amx, 64, true};
+    case DotProducts::kAmx: return {int8_block_max_amx, 64, true};
     case DotProducts::kAvx512:
-    case DotProducts::kVnni:
-      return {int8_block_max_avx512, 4, true};
-    case DotProducts::kNone:
-      break;
+    case DotProducts::kVnni: return {int8_block_max_avx512, 4, true};
+    case DotProducts::kNone: break;
   }
 #endif
   return {int8_block_max_portable, 4, false};

@@ -25,7 +25,8 @@ using IntVec = int __attribute__((vector_size(64)));  // for its comparison: g++
 // A register tile of kKeys keys x kGroups groups of rows. Its sums must cover the latency of vpdpbusd (5 cycles x 2 a
 // cycle), and a step may load twice a cycle: 8 x 2 sums take 10 loads for 16 products, 16 x 1 take 17.
 template <int kKeys, int kGroups>
-MSA_VNNI_TARGET inline void tile_max(const std::uint8_t* keys, std::int64_t dim, const std::int8_t* rows, __m512i* best) {
+MSA_VNNI_TARGET inline void tile_max(const std::uint8_t* keys, std::int64_t dim, const std::int8_t* rows,
+                                     __m512i* best) {
   __m512i sums[kKeys * kGroups];
 #pragma GCC unroll 16
   for (int t = 0; t < kKeys * kGroups; ++t) sums[t] = _mm512_setzero_si512();

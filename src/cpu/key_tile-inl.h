@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys, values and queries of one block or chunk as float tiles, from packed or paged buffers of any storage type, in the
-// layouts that `product` wants: keys transposed, so that a vector holds one dimension of neighbouring keys. Tested through
-// the operators.
+// Keys, values and queries of one block or chunk as float tiles, from packed or paged buffers of any storage type, in
+// the layouts that `product` wants: keys transposed, so that a vector holds one dimension of neighbouring keys. Tested
+// through the operators.
 #if defined(MSA_CPU_KEY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_KEY_TILE_INL_H_
 #undef MSA_CPU_KEY_TILE_INL_H_
@@ -22,8 +22,9 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-// Asks for row `position` of a block while the rows before it are copied: rows are short and lie a stride apart (kv_heads
-// rows, or pages), which hardware prefetchers do not follow. 8 rows ahead keep about as many lines in flight as a core can.
+// Asks for row `position` of a block while the rows before it are copied: rows are short and lie a stride apart
+// (kv_heads rows, or pages), which hardware prefetchers do not follow. 8 rows ahead keep about as many lines in flight
+// as a core can.
 inline constexpr std::int64_t kPrefetchRows = 8;
 inline void prefetch_row(const core::KeyRows& rows, DType dtype, std::int64_t sequence, std::int64_t head,
                          std::int64_t position, std::int64_t dim) {
@@ -57,9 +58,9 @@ inline HWY_ATTR void load_keys_transposed(const core::KeyRows& keys, DType dtype
 }
 
 /// out[j * out_stride + d] = element d of row first + j, j < count.
-inline HWY_ATTR void load_value_rows(const core::KeyRows& values, DType dtype, std::int64_t sequence,
-                                     std::int64_t head, std::int64_t first, std::int64_t count,
-                                     std::int64_t value_dim, float* HWY_RESTRICT out, std::int64_t out_stride) {
+inline HWY_ATTR void load_value_rows(const core::KeyRows& values, DType dtype, std::int64_t sequence, std::int64_t head,
+                                     std::int64_t first, std::int64_t count, std::int64_t value_dim,
+                                     float* HWY_RESTRICT out, std::int64_t out_stride) {
   for (std::int64_t j = 0; j < count; ++j) {
     if (j + kPrefetchRows < count) {
       prefetch_row(values, dtype, sequence, head, first + j + kPrefetchRows, value_dim);
@@ -68,8 +69,8 @@ inline HWY_ATTR void load_value_rows(const core::KeyRows& values, DType dtype, s
   }
 }
 
-/// Heads [first_head, first_head + heads) of query rows [first_row, first_row + count) of a tensor [rows, heads, dim], one
-/// after the other: out[(i * heads + h) * dim + d].
+/// Heads [first_head, first_head + heads) of query rows [first_row, first_row + count) of a tensor [rows, heads, dim],
+/// one after the other: out[(i * heads + h) * dim + d].
 inline HWY_ATTR void load_query_rows(const ConstTensorView& q, std::int64_t first_row, std::int64_t count,
                                      std::int64_t first_head, std::int64_t heads, float* HWY_RESTRICT out) {
   const std::int64_t dim = q.size(2);

@@ -15,7 +15,8 @@ namespace msa::cpu {
 std::vector<QueryChunk> cut_queries(const Batch& batch, std::int64_t chunk) {
   std::vector<QueryChunk> chunks;
   for (std::int64_t s = 0; s < batch.sequences(); ++s) {
-    for (std::int64_t end = core::get_sequence(batch, s).queries; end > 0; end = std::max<std::int64_t>(end - chunk, 0)) {
+    for (std::int64_t end = core::get_sequence(batch, s).queries; end > 0;
+         end = std::max<std::int64_t>(end - chunk, 0)) {
       chunks.push_back({s, std::max<std::int64_t>(end - chunk, 0), end});
     }
   }
@@ -55,7 +56,8 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
   layout.totals = cursor.take(rows);
   if (shape.has_bf16_dots) {
     layout.keys = cursor.take(floats_for(inner / 2 * padded_pair_stride(shape.block_size), 2));
-    layout.values = cursor.take(floats_for(padded_inner(shape.block_size) / 2 * padded_pair_stride(shape.value_dim), 2));
+    layout.values =
+        cursor.take(floats_for(padded_inner(shape.block_size) / 2 * padded_pair_stride(shape.value_dim), 2));
     layout.scores = cursor.take(kBf16Rows * padded_stride(shape.block_size));
     layout.products = cursor.take(kBf16Rows * padded_stride(shape.value_dim));
     layout.probabilities = cursor.take(floats_for(kBf16Rows * padded_inner(shape.block_size), 2));
@@ -71,20 +73,21 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
   return layout;
 }
 
-ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int threads,
-                         std::size_t workspace_limit) {
-  // What a chunk carries from block to block: its queries and sums. Dense attention passes all of it for every block, so
-  // half an L2 cache (1 MiB on today's cores) is right. In sparse attention a block is visited by few queries of the
-  // chunk, and loading it costs as much as about 8 rows' arithmetic: larger chunks let more rows share a block, and their
-  // rows are read once a visit only, 4 bytes for every 2 * block_size operations: L3 or memory keep up. With bf16 dots the
-  // arithmetic is 2 to 16 times as fast and the loading is not, hence chunks twice as large and fewer tasks a thread.
+ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int threads, std::size_t workspace_limit) {
+  // What a chunk carries from block to block: its queries and sums. Dense attention passes all of it for every block,
+  // so half an L2 cache (1 MiB on today's cores) is right. In sparse attention a block is visited by few queries of the
+  // chunk, and loading it costs as much as about 8 rows' arithmetic: larger chunks let more rows share a block, and
+  // their rows are read once a visit only, 4 bytes for every 2 * block_size operations: L3 or memory keep up. With bf16
+  // dots the arithmetic is 2 to 16 times as fast and the loading is not, hence chunks twice as large and fewer tasks a
+  // thread.
   const bool is_dense = shape.topk == 0;
   const std::int64_t state = std::int64_t{1} << (is_dense ? 17 : shape.has_bf16_dots ? 21 : 20);  // floats
   const std::int64_t least = 16;
   const std::int64_t chunk = std::max(least, state / (shape.group_size * (shape.head_dim + shape.value_dim)));
-  return plan_chunks(op, shape.queries, shape.kv_heads, chunk, least, threads, workspace_limit,
-                     [&](std::int64_t c) { return bytes_of(lay_out_attention(shape, c).end); }, 0,
-                     shape.has_bf16_dots && !is_dense ? 2 : 4);
+  return plan_chunks(
+      op, shape.queries, shape.kv_heads, chunk, least, threads, workspace_limit,
+      [&](std::int64_t c) { return bytes_of(lay_out_attention(shape, c).end); }, 0,
+      shape.has_bf16_dots && !is_dense ? 2 : 4);
 }
 
 BlockMassLayout lay_out_block_mass(const BlockMassShape& shape, std::int64_t chunk) {
@@ -105,8 +108,8 @@ BlockMassLayout lay_out_block_mass(const BlockMassShape& shape, std::int64_t chu
 ChunkPlan plan_block_mass(const std::string& op, const BlockMassShape& shape, int threads,
                           std::size_t workspace_limit) {
   const std::int64_t state = std::int64_t{1} << 18;  // floats: an L2 cache
-  const std::int64_t chunk = std::max<std::int64_t>(
-      1, state / (shape.group_size * (shape.head_dim + 2 * shape.blocks) + shape.blocks));
+  const std::int64_t chunk =
+      std::max<std::int64_t>(1, state / (shape.group_size * (shape.head_dim + 2 * shape.blocks) + shape.blocks));
   return plan_chunks(op, shape.queries, shape.kv_heads, chunk, 16, threads, workspace_limit,
                      [&](std::int64_t c) { return bytes_of(lay_out_block_mass(shape, c).end); });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// How an operator cuts its work: pure functions of shapes, threads and the workspace limit, whose results can be printed.
-// A task is a chunk of one sequence's queries (and, where keys differ a head, one kv head); its scratch memory comes from
-// the plan and stays bounded however long the sequences are. Plans change speed and memory, never a result. Tested in
-// tests/unit/plan_test.cc.
+// How an operator cuts its work: pure functions of shapes, threads and the workspace limit, whose results can be
+// printed. A task is a chunk of one sequence's queries (and, where keys differ a head, one kv head); its scratch memory
+// comes from the plan and stays bounded however long the sequences are. Plans change speed and memory, never a result.
+// Tested in tests/unit/plan_test.cc.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ struct QueryChunk {
   std::int64_t end = 0;
 };
 
-/// The batch cut into chunks of at most `chunk` queries, the ones with the longest prefixes first within a sequence: they
-/// take longest, and what starts last should be short.
+/// The batch cut into chunks of at most `chunk` queries, the ones with the longest prefixes first within a sequence:
+/// they take longest, and what starts last should be short.
 std::vector<QueryChunk> cut_queries(const Batch& batch, std::int64_t chunk);
 
 /// Queries of the whole batch and of its longest sequence.
@@ -53,25 +53,26 @@ struct AttentionShape {
   std::int64_t head_dim = 0;
   std::int64_t value_dim = 0;
   std::int64_t block_size = 0;
-  std::int64_t topk = 0;  ///< 0: dense, every visible block
+  std::int64_t topk = 0;       ///< 0: dense, every visible block
   bool has_bf16_dots = false;  ///< bf16 tensors on an instruction set with bf16 dot products
 };
 
-/// Where a worker's scratch memory holds what, in floats from its begin; every part starts on a cache line. With bf16 dot
-/// products the queries are bf16 [chunk * group_size, padded_inner(head_dim)], keys and values bf16 pairs (bf16_dot.h).
+/// Where a worker's scratch memory holds what, in floats from its begin; every part starts on a cache line. With bf16
+/// dot products the queries are bf16 [chunk * group_size, padded_inner(head_dim)], keys and values bf16 pairs
+/// (bf16_dot.h).
 struct AttentionLayout {
-  std::int64_t queries = 0;  ///< [chunk * group_size, head_dim]
-  std::int64_t sums = 0;     ///< [chunk * group_size, value_dim], weighted sums of values
-  std::int64_t largest = 0;  ///< [chunk * group_size], running maximum of the scores
-  std::int64_t totals = 0;   ///< [chunk * group_size], running sum of the exponentials
-  std::int64_t keys = 0;     ///< [head_dim, padded_stride(block_size)]
-  std::int64_t values = 0;   ///< [block_size, padded_stride(value_dim)]
-  std::int64_t scores = 0;   ///< [kScoreRows, padded_stride(block_size)]; with bf16 dot products [kBf16Rows, ...]
+  std::int64_t queries = 0;        ///< [chunk * group_size, head_dim]
+  std::int64_t sums = 0;           ///< [chunk * group_size, value_dim], weighted sums of values
+  std::int64_t largest = 0;        ///< [chunk * group_size], running maximum of the scores
+  std::int64_t totals = 0;         ///< [chunk * group_size], running sum of the exponentials
+  std::int64_t keys = 0;           ///< [head_dim, padded_stride(block_size)]
+  std::int64_t values = 0;         ///< [block_size, padded_stride(value_dim)]
+  std::int64_t scores = 0;         ///< [kScoreRows, padded_stride(block_size)]; with bf16 dot products [kBf16Rows, ...]
   std::int64_t products = 0;       ///< with bf16 dot products: [kBf16Rows, padded_stride(value_dim)]
   std::int64_t probabilities = 0;  ///< with bf16 dot products: bf16 [kBf16Rows, padded_inner(block_size)]
-  std::int64_t visits = 0;   ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk
-  std::int64_t members = 0;  ///< int32 [chunk], the queries that take part in a block
-  std::int64_t seen = 0;     ///< int32 [chunk], whether a query had any block
+  std::int64_t visits = 0;         ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk
+  std::int64_t members = 0;        ///< int32 [chunk], the queries that take part in a block
+  std::int64_t seen = 0;           ///< int32 [chunk], whether a query had any block
   std::int64_t end = 0;
 };
 AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chunk);
@@ -89,8 +90,8 @@ struct BlockMassShape {
   std::int64_t topk = 0;
 };
 
-/// As AttentionLayout, for the operators that rank blocks by their probability mass. The only plan whose memory grows with
-/// the keys: a few floats a (query, head, block).
+/// As AttentionLayout, for the operators that rank blocks by their probability mass. The only plan whose memory grows
+/// with the keys: a few floats a (query, head, block).
 struct BlockMassLayout {
   std::int64_t queries = 0;  ///< [chunk * group_size, head_dim]
   std::int64_t keys = 0;     ///< [head_dim, padded_stride(block_size)]

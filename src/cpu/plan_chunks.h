@@ -29,8 +29,8 @@ class LayoutCursor {
 };
 
 // Starts at `chunk` and halves it until there are tasks enough for the threads to finish together (but not below
-// `least`, where loading a block would cost more than using it), and until the memory fits beside `shared_bytes`. With four
-// tasks a thread, the last one to end costs at most a quarter of a thread's share.
+// `least`, where loading a block would cost more than using it), and until the memory fits beside `shared_bytes`. With
+// four tasks a thread, the last one to end costs at most a quarter of a thread's share.
 template <class Bytes>
 ChunkPlan plan_chunks(const std::string& op, const QueryCounts& queries, std::int64_t heads, std::int64_t chunk,
                       std::int64_t least, int threads, std::size_t workspace_limit, const Bytes& bytes_of_chunk,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Screened selection (docs/select-blocks.md): a chunk's rows against int8 copies of the keys, an error bound a row and block,
-// and exact scores only for the blocks that the bounds leave in doubt. The selection is that of select_chunk, bit for bit:
-// the bounds hold for what its arithmetic rounds to, and the exact scores are its own. Tested in tests/unit/screen_test.cc.
+// Screened selection (docs/select-blocks.md): a chunk's rows against int8 copies of the keys, an error bound a row and
+// block, and exact scores only for the blocks that the bounds leave in doubt. The selection is that of select_chunk,
+// bit for bit: the bounds hold for what its arithmetic rounds to, and the exact scores are its own. Tested in
+// tests/unit/screen_test.cc.
 #if defined(MSA_CPU_SCREEN_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_SCREEN_INL_H_
 #undef MSA_CPU_SCREEN_INL_H_
@@ -25,8 +26,8 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-// Keys and queries are bounded when their largest element is 0 or in this range: products of two neither overflow nor lose
-// bits to underflow that the slack below does not cover.
+// Keys and queries are bounded when their largest element is 0 or in this range: products of two neither overflow nor
+// lose bits to underflow that the slack below does not cover.
 inline constexpr float kLeastScreened = 0x1p-40f;
 inline constexpr float kMostScreened = 0x1p40f;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -69,7 +70,8 @@ inline HWY_ATTR void raise_channels(const float* HWY_RESTRICT rows, std::int64_t
   }
 }
 
-/// Raises by the keys of a block, or by the queries [block, block + 1) of a sequence, all groups. `rows` has room for them.
+/// Raises by the keys of a block, or by the queries [block, block + 1) of a sequence, all groups. `rows` has room for
+/// them.
 inline HWY_ATTR void measure_keys(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t block,
                                   float* rows, float* largest) {
   const std::int64_t dim = params.q_idx.size(2);
@@ -129,14 +131,12 @@ HWY_INLINE HWY_ATTR SquaredNorms quantise(const float* HWY_RESTRICT x, std::int6
           hn::GetLane(hn::SumOfLanes(df, error))};
 }
 
-// An upper bound of a norm from its computed square: 2^-16 covers the roundings of the sum (at most 256 + 2 of 2^-24) and of
-// the root; 2^-19 of the largest element those of e, and squares that underflowed.
-inline float norm_bound(float square, float largest) {
-  return std::sqrt(square) * (1 + 0x1p-16f) + largest * 0x1p-19f;
-}
+// An upper bound of a norm from its computed square: 2^-16 covers the roundings of the sum (at most 256 + 2 of 2^-24)
+// and of the root; 2^-19 of the largest element those of e, and squares that underflowed.
+inline float norm_bound(float square, float largest) { return std::sqrt(square) * (1 + 0x1p-16f) + largest * 0x1p-19f; }
 
-/// Quantises the `count` keys of a block, rows of `dim` floats, to out[count, screen_dim], k8 + 128; bytes behind dim are
-/// 128, a 0.
+/// Quantises the `count` keys of a block, rows of `dim` floats, to out[count, screen_dim], k8 + 128; bytes behind dim
+/// are 128, a 0.
 inline HWY_ATTR BlockBounds quantise_block(const float* HWY_RESTRICT keys, std::int64_t count, std::int64_t dim,
                                            std::int64_t screen_dim, std::uint8_t* HWY_RESTRICT out) {
   const float largest = std::bit_cast<float>(largest_magnitude(keys, count * dim));
@@ -155,10 +155,9 @@ inline HWY_ATTR BlockBounds quantise_block(const float* HWY_RESTRICT keys, std::
   float error = 0;
   for (std::int64_t j = 0; j < count; ++j) {
     std::uint8_t* to = out + j * screen_dim;
-    const SquaredNorms norms =
-        quantise(keys + j * dim, dim, bounds.scale, inverse, [&](IntVec n, std::int64_t d) HWY_ATTR {
-          hn::StoreU(hn::DemoteTo(d8, hn::Add(n, bias)), d8, to + d);
-        });
+    const SquaredNorms norms = quantise(keys + j * dim, dim, bounds.scale, inverse,
+                                        [&](IntVec n, std::int64_t d)
+                                            HWY_ATTR { hn::StoreU(hn::DemoteTo(d8, hn::Add(n, bias)), d8, to + d); });
     std::memset(to + dim, 128, static_cast<std::size_t>(screen_dim - dim));
     whole = std::max(whole, norms.whole);
     error = std::max(error, norms.error);
@@ -176,10 +175,11 @@ inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int6
   const std::int64_t dim = params.q_idx.size(2);
   const core::KeyRows key_rows(params.k_idx, params.batch);
   for (std::int64_t b = first; b < last; ++b) {
-    load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, b * params.block_size, params.block_size, dim, keys, dim);
+    load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, b * params.block_size, params.block_size, dim, keys,
+                    dim);
     scale_channels(keys, params.block_size, dim, balance.of_keys());
-    bounds[b - first] = quantise_block(keys, params.block_size, dim, screen_dim,
-                                       out + (b - first) * params.block_size * screen_dim);
+    bounds[b - first] =
+        quantise_block(keys, params.block_size, dim, screen_dim, out + (b - first) * params.block_size * screen_dim);
   }
 }
 
@@ -225,8 +225,8 @@ class ScreenedChunk {
   /// Selects for all rows of the chunk and writes them.
   HWY_ATTR void run() {
     scan();
-    // Two rounds. The first rescores what lies around the threshold, which is most of what can decide; with those scores
-    // known, few bounds still reach the threshold, and the second rescores them all.
+    // Two rounds. The first rescores what lies around the threshold, which is most of what can decide; with those
+    // scores known, few bounds still reach the threshold, and the second rescores them all.
     rescore(collect_near());
     rescore(collect_contested());
     std::int64_t exact_rows = 0;
@@ -268,17 +268,15 @@ class ScreenedChunk {
       const IntTag di;
       scale_[r] = largest / 127;
       const float inverse = largest == 0 ? 0 : 127 / largest;
-      const SquaredNorms norms =
-          quantise(query, dim, scale_[r], inverse,
-                   [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
+      const SquaredNorms norms = quantise(query, dim, scale_[r], inverse,
+                                          [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
       // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
       constexpr float kTiny = 0x1p-60f;
       spread_[r] = scale_[r] * std::sqrt(norms.integers) * (1 + 0x1p-16f) + kTiny;
       const float rounding = static_cast<float>(dim + 64) * 0x1p-24f;
       slack_[r] = norm_bound(norms.error, largest) + rounding * norm_bound(norms.whole, largest) + kTiny;
       // Blocks that the row sees whole.
-      end_[r] = static_cast<std::int32_t>(
-          std::min(selection_.limit(r), (selection_.position_of(r) + 1) / block_size_));
+      end_[r] = static_cast<std::int32_t>(std::min(selection_.limit(r), (selection_.position_of(r) + 1) / block_size_));
       std::fill(lower_ + r * lower_stride_, lower_ + r * lower_stride_ + slots_, -kInfinity);
       std::fill(lower_ + r * lower_stride_ + slots_, lower_ + (r + 1) * lower_stride_, kInfinity);
     }
@@ -335,7 +333,8 @@ class ScreenedChunk {
     for (std::int64_t r = first; r < padded_rows_; r += lanes) {
       const auto integer = hn::Sub(hn::LoadU(di, largest_ + r), hn::LoadU(di, offset_ + r));
       const auto score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
-      const auto error = hn::MulAdd(hn::LoadU(df, spread_ + r), block_error, hn::Mul(hn::LoadU(df, slack_ + r), block_norm));
+      const auto error =
+          hn::MulAdd(hn::LoadU(df, spread_ + r), block_error, hn::Mul(hn::LoadU(df, slack_ + r), block_norm));
       const auto reaches = hn::Ge(hn::Add(score, error), hn::LoadU(df, floor_ + r));
       const auto chooses = hn::RebindMask(df, hn::Gt(hn::LoadU(di, end_ + r), block));
       const auto pass = hn::And(reaches, chooses);
@@ -370,8 +369,8 @@ class ScreenedChunk {
     floor_[r] = hn::GetLane(hn::MinOfLanes(df, smallest));
   }
 
-  /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds tell
-  /// too little. `seen` blocks have been screened.
+  /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds
+  /// tell too little. `seen` blocks have been screened.
   HWY_ATTR void prune(std::int64_t seen) {
     const std::int64_t most = std::min(candidate_limit(topk_), std::max(3 * seen / 4, 6 * slots_));
     std::int64_t screened = 0;
@@ -437,14 +436,16 @@ class ScreenedChunk {
       for (std::int32_t i = 0; i < counts_[r]; ++i) {
         const Candidate& c = list(r)[i];
         if (c.lower() > above) continue;
-        // The exact threshold is some block's exact score, a little off: an eighth more than the error catches nearly all.
+        // The exact threshold is some block's exact score, a little off: an eighth more than the error catches nearly
+        // all.
         if (std::abs(c.score - threshold) <= 1.125f * c.error) add_visit(visits, r, i);
       }
     }
     return visits;
   }
 
-  /// Visits of all candidates that the bounds leave in doubt; floor_ and lower_[r][0] become the bounds of that decision.
+  /// Visits of all candidates that the bounds leave in doubt; floor_ and lower_[r][0] become the bounds of that
+  /// decision.
   HWY_ATTR std::int64_t collect_contested() {
     std::int64_t visits = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) {
@@ -517,8 +518,8 @@ class ScreenedChunk {
   SharedBlocks shared_;
   std::int64_t padded_rows_;
   std::int8_t* row_keys_;
-  // A row each. The score of a block is (largest - offset) * scale * its scale, its error spread * its error + slack * its
-  // norm.
+  // A row each. The score of a block is (largest - offset) * scale * its scale, its error spread * its error + slack *
+  // its norm.
   float* scale_ = nullptr;
   float* spread_ = nullptr;         // at least |scale * q8|
   float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Screening of key blocks in int8 (docs/select-blocks.md): what a block and a candidate carry, and the switch that forces it
-// on or off. How blocks are screened: screen-inl.h. Tested in tests/unit/screen_test.cc.
+// Screening of key blocks in int8 (docs/select-blocks.md): what a block and a candidate carry, and the switch that
+// forces it on or off. How blocks are screened: screen-inl.h. Tested in tests/unit/screen_test.cc.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace msa::cpu {
 
 enum class Screening {
-  kAuto,    ///< where it is expected to pay
+  kAuto,  ///< where it is expected to pay
   kNever,
   kAlways,  ///< also where it does not pay, on the plainest instruction set too
 };
@@ -22,8 +22,8 @@ void force_screening(Screening screening);
 /// Throws msa::Error on another value.
 Screening active_screening();
 
-/// Powers of two, one a channel (dimension), by which queries are multiplied and keys divided before they are quantised:
-/// their products stay as they are, and one strong channel does not take the bits of all others.
+/// Powers of two, one a channel (dimension), by which queries are multiplied and keys divided before they are
+/// quantised: their products stay as they are, and one strong channel does not take the bits of all others.
 class Balance {
  public:
   /// From the largest magnitude of each channel: both factors become its geometric mean, as near as powers of two get.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// select_blocks: scores of the index branch, block maximum and running top-k in one pass over the keys (SPEC section 2). The
-// index key is shared by all groups, so rows are (query, group) pairs of neighbouring queries. Every score is one chain of
-// multiply-adds over the dimensions in order, whichever of the loops below computes it: that is what makes chunks, spans and
-// screening (screen-inl.h) give the same blocks. Tested in tests/unit/select_blocks_test.cc.
+// select_blocks: scores of the index branch, block maximum and running top-k in one pass over the keys (SPEC section
+// 2). The index key is shared by all groups, so rows are (query, group) pairs of neighbouring queries. Every score is
+// one chain of multiply-adds over the dimensions in order, whichever of the loops below computes it: that is what makes
+// chunks, spans and screening (screen-inl.h) give the same blocks. Tested in tests/unit/select_blocks_test.cc.
 #if defined(MSA_CPU_SELECT_BLOCKS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_SELECT_BLOCKS_INL_H_
 #undef MSA_CPU_SELECT_BLOCKS_INL_H_
@@ -72,8 +72,8 @@ inline HWY_ATTR float block_score(const float* HWY_RESTRICT row, std::int64_t co
   return any_number ? largest : std::numeric_limits<float>::quiet_NaN();
 }
 
-/// As block_score for columns of scores[count, kStripRows], of which column r sees the first visible[r] keys (null: all).
-/// width is 16 or 32.
+/// As block_score for columns of scores[count, kStripRows], of which column r sees the first visible[r] keys (null:
+/// all). width is 16 or 32.
 inline HWY_ATTR void strip_scores(const float* HWY_RESTRICT scores, std::int64_t count, const std::int32_t* visible,
                                   std::int64_t width, float* HWY_RESTRICT out) {
   const FloatTag df;
@@ -316,8 +316,8 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
   }
 }
 
-/// Chooses for row r of a sequence with few rows, whose block scores are scores[b - choices.begin()], and writes it. `best`
-/// is int32 [2, topk].
+/// Chooses for row r of a sequence with few rows, whose block scores are scores[b - choices.begin()], and writes it.
+/// `best` is int32 [2, topk].
 inline HWY_ATTR void select_scored_row(const SelectBlocksParams& params, std::int64_t sequence_index, std::int64_t r,
                                        const float* scores, std::int32_t* best, const TensorView& blocks) {
   const core::Sequence sequence = core::get_sequence(params.batch, sequence_index);

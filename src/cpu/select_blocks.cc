@@ -95,7 +95,9 @@ class Selection {
     const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
     core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
     core::Buffer<float> scores(static_cast<std::size_t>(plan.score_floats));
-    const auto scratch_of = [&](int worker) { return scratch.data() + worker_floats * static_cast<std::size_t>(worker); };
+    const auto scratch_of = [&](int worker) {
+      return scratch.data() + worker_floats * static_cast<std::size_t>(worker);
+    };
     const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
     const auto score = HWY_DYNAMIC_DISPATCH(score_span);
     const auto select = HWY_DYNAMIC_DISPATCH(select_scored_row);
@@ -165,7 +167,9 @@ class Selection {
     const SelectionLayout layout = lay_out_selection(shape_, plan.chunk);
     const std::size_t worker_floats = plan.worker_bytes / sizeof(float);
     core::Buffer<float> scratch(worker_floats * static_cast<std::size_t>(plan.workers));
-    const auto scratch_of = [&](int worker) { return scratch.data() + worker_floats * static_cast<std::size_t>(worker); };
+    const auto scratch_of = [&](int worker) {
+      return scratch.data() + worker_floats * static_cast<std::size_t>(worker);
+    };
     std::vector<QueryChunk> chunks = cut_queries(params_.batch, plan.chunk);
     std::erase_if(chunks, [&](const QueryChunk& c) { return !is_many_[static_cast<std::size_t>(c.sequence)]; });
 
@@ -182,8 +186,8 @@ class Selection {
       const Choices choices = choices_of(chunk.sequence);
       const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
       if (should_screen(rows, choices.end(chunk.end - 1) - choices.begin())) {
-        select_screened(params_, layout, dot_, balance_, shape_.screen_dim, shared[static_cast<std::size_t>(chunk.sequence)], chunk,
-                        scratch_of(worker), blocks_);
+        select_screened(params_, layout, dot_, balance_, shape_.screen_dim,
+                        shared[static_cast<std::size_t>(chunk.sequence)], chunk, scratch_of(worker), blocks_);
       } else {
         select(params_, layout, chunk, scratch_of(worker), blocks_);
       }
@@ -242,8 +246,8 @@ class Selection {
     const auto quantise = HWY_DYNAMIC_DISPATCH(quantise_blocks);
     core::parallel_for(plan.workers, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
       const Task& task = tasks[static_cast<std::size_t>(i)];
-      quantise(params_, task.sequence, task.first, task.last, balance_, shape_.screen_dim, scratch_of(worker) + layout.keys,
-               keys + task.at * block_bytes, bounds + task.at);
+      quantise(params_, task.sequence, task.first, task.last, balance_, shape_.screen_dim,
+               scratch_of(worker) + layout.keys, keys + task.at * block_bytes, bounds + task.at);
     });
     return shared;
   }

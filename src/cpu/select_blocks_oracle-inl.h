@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// select_blocks_oracle: blocks ranked by the main branch's own probability mass. The mass comes from block_mass-inl.h; here
-// it is only ranked. Tested in tests/unit/select_blocks_test.cc.
+// select_blocks_oracle: blocks ranked by the main branch's own probability mass. The mass comes from block_mass-inl.h;
+// here it is only ranked. Tested in tests/unit/select_blocks_test.cc.
 #if defined(MSA_CPU_SELECT_BLOCKS_ORACLE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_SELECT_BLOCKS_ORACLE_INL_H_
 #undef MSA_CPU_SELECT_BLOCKS_ORACLE_INL_H_

@@ -31,8 +31,8 @@ void select_blocks_oracle(const Context& context, const OracleBlocksParams& para
   shape.block_size = params.block_size;
   shape.blocks = count_blocks(params.batch, params.block_size);
   shape.topk = params.topk;
-  const ChunkPlan plan = plan_block_mass("select_blocks_oracle", shape, core::resolve_threads(context.threads),
-                                         context.workspace_limit);
+  const ChunkPlan plan =
+      plan_block_mass("select_blocks_oracle", shape, core::resolve_threads(context.threads), context.workspace_limit);
   const BlockMassLayout layout = lay_out_block_mass(shape, plan.chunk);
   const auto run = HWY_DYNAMIC_DISPATCH(select_oracle_chunk);
   run_plan(plan, params.batch, shape.kv_heads, [&](const QueryChunk& chunk, std::int64_t kv_head, float* scratch) {

@@ -40,12 +40,13 @@ SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chun
 
 SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape, int threads,
                              std::size_t workspace_limit) {
-  // Every block passes all rows of the chunk. Unscreened they are floats, and should lie in half an L2 cache. Screened they
-  // are bytes and matter little; more rows let more of them share a block that is rescored.
+  // Every block passes all rows of the chunk. Unscreened they are floats, and should lie in half an L2 cache. Screened
+  // they are bytes and matter little; more rows let more of them share a block that is rescored.
   const std::int64_t state = std::int64_t{1} << 17;  // floats
   const std::int64_t wanted =
       shape.screen_dim != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
-  // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole strips.
+  // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole
+  // strips.
   const bool is_plenty = shape.screen_dim != 0 && shape.queries.total >= 2 * threads * wanted;
   const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : kStripRows / shape.kv_heads);
   SelectionPlan plan;
@@ -55,10 +56,8 @@ SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape,
   if (shape.screen_dim != 0) {
     // Quantising a block costs as much as screening some 50 rows: worth sharing, but not at any price.
     constexpr std::size_t kMostShared = std::size_t{32} << 20;
-    const std::size_t room =
-        workspace_limit == 0 ? kMostShared : std::min(kMostShared, workspace_limit - plan.bytes());
-    const std::size_t block_bytes =
-        static_cast<std::size_t>(shape.block_size * shape.screen_dim) + sizeof(BlockBounds);
+    const std::size_t room = workspace_limit == 0 ? kMostShared : std::min(kMostShared, workspace_limit - plan.bytes());
+    const std::size_t block_bytes = static_cast<std::size_t>(shape.block_size * shape.screen_dim) + sizeof(BlockBounds);
     plan.shared_blocks = std::min(shape.screen_blocks, static_cast<std::int64_t>(room / block_bytes));
     plan.shared_bytes = static_cast<std::size_t>(plan.shared_blocks) * block_bytes;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How select_blocks cuts its work. Sequences with many rows are cut into chunks of queries; a chunk sees all candidate
-// blocks, screened in int8 or not. Sequences with few rows (decoding) are cut into spans of blocks, so that all threads work
-// on one sequence. Pure functions of shapes, threads and the workspace limit. Tested in tests/unit/plan_test.cc.
+// blocks, screened in int8 or not. Sequences with few rows (decoding) are cut into spans of blocks, so that all threads
+// work on one sequence. Pure functions of shapes, threads and the workspace limit. Tested in tests/unit/plan_test.cc.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,8 @@
 
 namespace msa::cpu {
 
-/// Rows (queries x groups) up to which a sequence is cut into spans of blocks: its scores, one a block, then stay small, and
-/// one pass over the keys serves them all.
+/// Rows (queries x groups) up to which a sequence is cut into spans of blocks: its scores, one a block, then stay
+/// small, and one pass over the keys serves them all.
 inline constexpr std::int64_t kFewRows = 64;
 /// Keys of a span: 512 KiB of them at 128 dimensions of 16 bits, a few hundred microseconds of one core.
 inline constexpr std::int64_t kSpanKeys = 2048;
@@ -53,8 +53,8 @@ struct SelectionLayout {
 };
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
 
-/// Candidates a row may have left after a pruning; one with more is not screened further. On random keys about three times
-/// topk are left (docs/select-blocks.md).
+/// Candidates a row may have left after a pruning; one with more is not screened further. On random keys about three
+/// times topk are left (docs/select-blocks.md).
 constexpr std::int64_t candidate_limit(std::int64_t topk) { return 4 * topk + 64; }
 /// Room of a row's list: what a pruning leaves, the blocks until the next one, and a partial block at the end.
 constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kPruneBlocks + 1; }
@@ -90,8 +90,9 @@ struct SpanLayout {
 };
 SpanLayout lay_out_span(const SelectionShape& shape);
 
-/// `largest_scores` and `all_scores`: block scores of the sequence with most of them, and of all. The plan's score_floats is
-/// at least the first; 0 says that the limit does not allow that, and the sequences are to be cut into chunks.
+/// `largest_scores` and `all_scores`: block scores of the sequence with most of them, and of all. The plan's
+/// score_floats is at least the first; 0 says that the limit does not allow that, and the sequences are to be cut into
+/// chunks.
 SpanPlan plan_spans(const SelectionShape& shape, std::int64_t largest_scores, std::int64_t all_scores, int threads,
                     std::size_t workspace_limit);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which blocks the scores of select_blocks decide about, query by query (SPEC section 2, rules 1 to 3). Tested through the
-// operator.
+// Which blocks the scores of select_blocks decide about, query by query (SPEC section 2, rules 1 to 3). Tested through
+// the operator.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,7 @@ namespace msa::cpu {
 /// Which blocks the queries of a sequence choose from.
 class Choices {
  public:
-  Choices(const SelectBlocksParams& params, const core::Sequence& sequence)
-      : params_(params), sequence_(sequence) {
+  Choices(const SelectBlocksParams& params, const core::Sequence& sequence) : params_(params), sequence_(sequence) {
     // The same for every row that chooses at all: it sees more than topk blocks.
     const core::ForcedBlocks forced = forced_of(params.topk + 1);
     begin_ = forced.init_end;

@@ -23,8 +23,8 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// One task: the rows of a chunk and a group, into rows[row * kv_heads + kv_head]. Rows with at most topk visible blocks
-/// stay as they are. `scratch` is laid out by `layout`.
+/// One task: the rows of a chunk and a group, into rows[row * kv_heads + kv_head]. Rows with at most topk visible
+/// blocks stay as they are. `scratch` is laid out by `layout`.
 inline HWY_ATTR void measure_recall_chunk(const SelectionRecallParams& params, const BlockMassShape& shape,
                                           const BlockMassLayout& layout, const QueryChunk& chunk, std::int64_t kv_head,
                                           float* scratch, RecallRow* rows) {

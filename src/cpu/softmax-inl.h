@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One row of scores to probabilities. The row's numbers decide its result alone: full vectors first, then one masked
-// vector, sums lane by lane in order, so that it does not matter where in a tile the row lies. Tested through the operators.
+// vector, sums lane by lane in order, so that it does not matter where in a tile the row lies. Tested through the
+// operators.
 #if defined(MSA_CPU_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_SOFTMAX_INL_H_
 #undef MSA_CPU_SOFTMAX_INL_H_
@@ -73,8 +74,8 @@ inline HWY_ATTR float exp_and_sum(float* HWY_RESTRICT row, std::int64_t count, f
 /// e^x of one number, as exp_lanes.
 inline HWY_ATTR float exp_one(float x) { return hn::GetLane(exp_lanes(hn::Set(FloatTag(), x))); }
 
-/// What to subtract before the exponential: the maximum, or 0 when every score so far is -inf, so that those give e^-inf = 0
-/// and not e^(inf - inf).
+/// What to subtract before the exponential: the maximum, or 0 when every score so far is -inf, so that those give
+/// e^-inf = 0 and not e^(inf - inf).
 inline float softmax_shift(float largest) { return largest == kNegativeInfinity ? 0.0f : largest; }
 
 }  // namespace HWY_NAMESPACE

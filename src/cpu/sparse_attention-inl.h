@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse_attention: the rows' selections turned round, so that each selected block is visited once by all rows of the chunk
-// that chose it. Tested in tests/unit/sparse_attention_test.cc.
+// sparse_attention: the rows' selections turned round, so that each selected block is visited once by all rows of the
+// chunk that chose it. Tested in tests/unit/sparse_attention_test.cc.
 #if defined(MSA_CPU_SPARSE_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_SPARSE_ATTENTION_INL_H_
 #undef MSA_CPU_SPARSE_ATTENTION_INL_H_
@@ -22,7 +22,7 @@ namespace HWY_NAMESPACE {
 
 template <class Chunk>
 HWY_ATTR void attend_sparsely_with(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                               float* scratch) {
+                                   float* scratch) {
   Chunk attention(input, chunk, kv_head, scratch);
   // (block, query) pairs as single numbers, sorted: blocks ascending, within a block queries ascending.
   auto* visits = reinterpret_cast<std::uint64_t*>(scratch + input.layout.visits);
@@ -48,7 +48,7 @@ HWY_ATTR void attend_sparsely_with(const AttentionInput& input, const QueryChunk
 
 /// One task: the rows of a chunk and a kv head.
 inline HWY_ATTR void attend_sparsely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
-                                 float* scratch) {
+                                     float* scratch) {
 #if HWY_TARGET == HWY_AVX3
   if (input.multiply_bf16 != nullptr) {
     std::optional<AmxTiles> tiles;

@@ -19,7 +19,7 @@ namespace msa::cpu {
 HWY_EXPORT(attend_sparsely);
 
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
-                     const TensorView& lse) {
+                      const TensorView& lse) {
   ensure_instruction_set();
   AttentionInput input;
   input.q = params.q;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Strips: up to 32 rows of keys or queries side by side in lanes, strip[d * kStripRows + i] = element d of row i, the b that
-// `product` reads. Turning rows is most of the work where few rows meet many keys, so AVX-512 has its own: patches of 16 x 16
-// words in registers, of bf16 two dimensions a word. Tested through the operators.
+// Strips: up to 32 rows of keys or queries side by side in lanes, strip[d * kStripRows + i] = element d of row i, the b
+// that `product` reads. Turning rows is most of the work where few rows meet many keys, so AVX-512 has its own: patches
+// of 16 x 16 words in registers, of bf16 two dimensions a word. Tested through the operators.
 #if defined(MSA_CPU_STRIP_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_STRIP_INL_H_
 #undef MSA_CPU_STRIP_INL_H_
@@ -57,16 +57,16 @@ HWY_INLINE HWY_ATTR void transpose16(WordVec* HWY_RESTRICT v) {
 }
 
 /// Rows rows[0, 16) into columns [0, 16) of a strip.
-HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::int64_t dim, float* HWY_RESTRICT strip) {
+HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::int64_t dim,
+                                float* HWY_RESTRICT strip) {
   const FloatTag df;
   const WordTag d;
   WordVec v[16];
   std::int64_t at = 0;
   if (dtype == DType::kBFloat16) {
     for (; at + 32 <= dim; at += 32) {  // a word holds two dimensions
-      unroll<16>([&](auto i) HWY_ATTR {
-        v[i] = hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(rows[i] + at * 2));
-      });
+      unroll<16>([&](auto i)
+                     HWY_ATTR { v[i] = hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(rows[i] + at * 2)); });
       transpose16(v);
       float* to = strip + at * kStripRows;
       unroll<16>([&](auto i) HWY_ATTR {
@@ -77,9 +77,8 @@ HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::
   }
   for (; at < dim; at += 16) {
     if (dtype == DType::kFloat32) {
-      unroll<16>([&](auto i) HWY_ATTR {
-        v[i] = hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(rows[i] + at * 4));
-      });
+      unroll<16>([&](auto i)
+                     HWY_ATTR { v[i] = hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(rows[i] + at * 4)); });
     } else {
       alignas(64) float wide[16 * 16];
       const auto begin = at * static_cast<std::int64_t>(dtype_size(dtype));
@@ -92,8 +91,8 @@ HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::
   }
 }
 
-/// Rows rows[0, count), count in [1, kStripRows], into a strip aligned to cache lines. The columns up to padded_columns(count)
-/// repeat the last row.
+/// Rows rows[0, count), count in [1, kStripRows], into a strip aligned to cache lines. The columns up to
+/// padded_columns(count) repeat the last row.
 inline HWY_ATTR void pack_strip(const std::byte* const* rows, std::int64_t count, DType dtype, std::int64_t dim,
                                 float* HWY_RESTRICT strip) {
   for (std::int64_t i = 0; i < count; i += 16) {

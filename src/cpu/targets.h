@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiles HWY_TARGET_INCLUDE once for each instruction set of targets_mask.h: what every operator's .cc includes in place
-// of <hwy/foreach_target.h>, so that all are built for the same sets.
+// Compiles HWY_TARGET_INCLUDE once for each instruction set of targets_mask.h: what every operator's .cc includes in
+// place of <hwy/foreach_target.h>, so that all are built for the same sets.
 #pragma once
 
 // clang-format off

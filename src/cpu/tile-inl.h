@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector building blocks every CPU kernel is made of: loading rows of any storage type as float, and one small matrix
-// product. Both give each output element the same chain of roundings whatever the shape of the tile around it, which is
-// what makes results independent of threads, chunks, batches and packing. Included once for each instruction set
-// (Highway's foreach_target); tested through the operators and in tests/unit/tile_test.cc.
+// The vector building blocks every CPU kernel is made of: loading rows of any storage type as float, and one small
+// matrix product. Both give each output element the same chain of roundings whatever the shape of the tile around it,
+// which is what makes results independent of threads, chunks, batches and packing. Included once for each instruction
+// set (Highway's foreach_target); tested through the operators and in tests/unit/tile_test.cc.
 #if defined(MSA_CPU_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_TILE_INL_H_
 #undef MSA_CPU_TILE_INL_H_
@@ -81,7 +81,8 @@ inline HWY_ATTR void load_row(const std::byte* row, DType dtype, std::int64_t co
   if (dtype == DType::kFloat8E4M3) {
     const hn::Rebind<std::uint8_t, FloatTag> d8;
     const auto* bytes = reinterpret_cast<const std::uint8_t*>(row);
-    for (; i + lanes <= count; i += lanes) hn::StoreU(f8_to_float(hn::PromoteTo(du, hn::LoadU(d8, bytes + i))), df, out + i);
+    for (; i + lanes <= count; i += lanes)
+      hn::StoreU(f8_to_float(hn::PromoteTo(du, hn::LoadU(d8, bytes + i))), df, out + i);
   } else if (dtype == DType::kBFloat16) {
     for (; i + lanes <= count; i += lanes) {
       const auto wide = hn::PromoteTo(du, hn::LoadU(d16, bits + i));
@@ -154,7 +155,8 @@ inline HWY_ATTR void transpose(const float* HWY_RESTRICT in, std::int64_t in_str
     }
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+    for (std::int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c)
+      out[c * out_stride + r] = in[r * in_stride + c];
   }
 }
 
@@ -177,8 +179,8 @@ struct StridedRows {
   T* operator[](std::int64_t i) const { return first + i * stride; }
 };
 
-// Calls body(0), ..., body(kCount - 1) with the index as a constant: a loop that every compiler unrolls, which is what lets
-// the sums below live in registers.
+// Calls body(0), ..., body(kCount - 1) with the index as a constant: a loop that every compiler unrolls, which is what
+// lets the sums below live in registers.
 template <class Body, int... kIndex>
 HWY_INLINE HWY_ATTR void unroll(const Body& body, std::integer_sequence<int, kIndex...>) {
   (body(std::integral_constant<int, kIndex>{}), ...);
@@ -200,9 +202,8 @@ HWY_ATTR void product_tile(std::int64_t inner, const ARows& a_rows, std::int64_t
   FloatVec sum[kRows * kVecs];
   unroll<kRows>([&](auto i) { a[i] = a_rows[first_row + i]; });
   if (accumulate) {
-    unroll<kRows * kVecs>([&](auto t) {
-      sum[t] = hn::LoadU(df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes);
-    });
+    unroll<kRows * kVecs>(
+        [&](auto t) { sum[t] = hn::LoadU(df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes); });
   } else {
     unroll<kRows * kVecs>([&](auto t) { sum[t] = hn::Zero(df); });
   }
@@ -216,9 +217,8 @@ HWY_ATTR void product_tile(std::int64_t inner, const ARows& a_rows, std::int64_t
       unroll<kVecs>([&](auto j) { sum[i * kVecs + j] = hn::MulAdd(factor, row[j], sum[i * kVecs + j]); });
     });
   }
-  unroll<kRows * kVecs>([&](auto t) {
-    hn::StoreU(sum[t], df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes);
-  });
+  unroll<kRows * kVecs>(
+      [&](auto t) { hn::StoreU(sum[t], df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes); });
 }
 
 // The last rows, fewer than a tile has.
@@ -246,8 +246,8 @@ HWY_ATTR void product_rows(std::int64_t rows, std::int64_t inner, const ARows& a
   product_rest<kTileRows - 1, kVecs>(rows - i, inner, a_rows, a_inner, b, b_row, c_rows, i, column, accumulate);
 }
 
-/// As `product`, for rows of a and c that lie anywhere: a_rows[i] and c_rows[i] are the first elements of row i (arrays of
-/// pointers or StridedRows). A strip of b as wide as a register tile stays in the L1 cache while all rows pass it.
+/// As `product`, for rows of a and c that lie anywhere: a_rows[i] and c_rows[i] are the first elements of row i (arrays
+/// of pointers or StridedRows). A strip of b as wide as a register tile stays in the L1 cache while all rows pass it.
 template <class ARows, class CRows>
 HWY_ATTR void product_of_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner, const ARows& a_rows,
                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
@@ -269,10 +269,11 @@ HWY_ATTR void product_of_rows(std::int64_t rows, std::int64_t cols, std::int64_t
   }
 }
 
-/// c[rows, cols] (+)= a[rows, inner] * b[inner, cols]. Element (i, k) of a is a[i * a_row + k * a_inner], so a transposed a
-/// costs nothing; b and c are row-major with row strides b_row and c_row. cols must be a multiple of 16 (the buffers
-/// padded so), which every vector width divides. Element (i, j) is one chain of multiply-adds over k in order, starting
-/// from c(i, j) or 0: it depends on row i of a and column j of b alone. Fastest with b_row = padded_stride(cols).
+/// c[rows, cols] (+)= a[rows, inner] * b[inner, cols]. Element (i, k) of a is a[i * a_row + k * a_inner], so a
+/// transposed a costs nothing; b and c are row-major with row strides b_row and c_row. cols must be a multiple of 16
+/// (the buffers padded so), which every vector width divides. Element (i, j) is one chain of multiply-adds over k in
+/// order, starting from c(i, j) or 0: it depends on row i of a and column j of b alone. Fastest with b_row =
+/// padded_stride(cols).
 inline HWY_ATTR void product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* HWY_RESTRICT a,
                              std::int64_t a_row, std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
                              float* HWY_RESTRICT c, std::int64_t c_row, bool accumulate) {
@@ -280,13 +281,13 @@ inline HWY_ATTR void product(std::int64_t rows, std::int64_t cols, std::int64_t 
                   StridedRows<float>{c, c_row}, accumulate);
 }
 
-/// e^x for x <= 88 to within 2 units in the last place; 0 below -87.33 (where the result would be subnormal); NaN of NaN.
-/// A lane's result depends on that lane alone.
+/// e^x for x <= 88 to within 2 units in the last place; 0 below -87.33 (where the result would be subnormal); NaN of
+/// NaN. A lane's result depends on that lane alone.
 inline HWY_ATTR FloatVec exp_lanes(FloatVec x) {
   const FloatTag df;
   const hn::RebindToUnsigned<FloatTag> du;
-  // x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer, left in the low bits; 127 more make it the
-  // biased exponent of 2^n, which one shift puts in place.
+  // x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer, left in the low bits; 127 more make it
+  // the biased exponent of 2^n, which one shift puts in place.
   const auto magic = hn::Set(df, 12582912.0f + 127.0f);
   const auto shifted = hn::MulAdd(x, hn::Set(df, 1.44269504f), magic);
   const auto n = hn::Sub(shifted, magic);
@@ -294,7 +295,8 @@ inline HWY_ATTR FloatVec exp_lanes(FloatVec x) {
   // ln 2 in two parts, the first of 16 bits so that n times it is exact without fused multiply-adds, too.
   auto r = hn::NegMulAdd(n, hn::Set(df, 0.693145752f), x);
   r = hn::NegMulAdd(n, hn::Set(df, 1.42860677e-6f), r);
-  // e^r = 1 + r + r^2 p(r); p of degree 4, fitted to the least largest relative error of e^r: 4e-9, a 15th of a rounding.
+  // e^r = 1 + r + r^2 p(r); p of degree 4, fitted to the least largest relative error of e^r: 4e-9, a 15th of a
+  // rounding.
   auto p = hn::Set(df, 1.38145988e-3f);
   p = hn::MulAdd(p, r, hn::Set(df, 8.36871658e-3f));
   p = hn::MulAdd(p, r, hn::Set(df, 4.16683890e-2f));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The best `slots` blocks of one row, kept while its block scores stream by; and the writing of a finished row (SPEC section
-// 2, rules 1 to 4). No exponential, no sorting of all scores. Tested in tests/unit/screen_test.cc and through the selection
-// operators.
+// The best `slots` blocks of one row, kept while its block scores stream by; and the writing of a finished row (SPEC
+// section 2, rules 1 to 4). No exponential, no sorting of all scores. Tested in tests/unit/screen_test.cc and through
+// the selection operators.
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,9 @@ inline std::int32_t order_key(float score) {
   return bits >= 0 ? bits : (bits == INT32_MIN ? 0 : bits ^ 0x7fffffff);
 }
 
-/// Running top-k of one row, on memory of the caller: keys and ids of at least `slots` elements, kept best first. A block that
-/// does not beat the last one costs one comparison; one that does finds its place by counting what ranks before it (a loop
-/// without branches, which compilers make vectors of) and moves the rest down.
+/// Running top-k of one row, on memory of the caller: keys and ids of at least `slots` elements, kept best first. A
+/// block that does not beat the last one costs one comparison; one that does finds its place by counting what ranks
+/// before it (a loop without branches, which compilers make vectors of) and moves the rest down.
 class RowTopk {
  public:
   RowTopk(std::int32_t* keys, std::int32_t* ids, std::int64_t slots)
@@ -81,8 +81,8 @@ inline const std::int32_t* block_row(const ConstTensorView& blocks, std::int64_t
   return reinterpret_cast<const std::int32_t*>(blocks.data) + group * blocks.stride(0) + row * blocks.stride(1);
 }
 
-/// Writes a row of topk ids: the forced blocks and `count` chosen ones, ascending, -1 behind them. `visible` is the number
-/// of visible blocks; with visible <= topk all of them are written and `chosen` is not read.
+/// Writes a row of topk ids: the forced blocks and `count` chosen ones, ascending, -1 behind them. `visible` is the
+/// number of visible blocks; with visible <= topk all of them are written and `chosen` is not read.
 inline void write_selection(std::int32_t* out, std::int64_t topk, std::int64_t visible,
                             const core::ForcedBlocks& forced, const std::int32_t* chosen, std::int64_t count) {
   std::int64_t n = 0;

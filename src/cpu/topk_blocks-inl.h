@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k of rows of scores in two passes over a row that lies in the L1 or L2 cache. The first finds a bound that at least
-// topk scores reach: cut the row into as many groups as vector lanes hold topk, take each group's maximum, then the least
-// of those. The second compares with the bound, a vector at a time, and packs the ids of what reaches it; of random scores
-// about topk * (1/1 + 1/2 + ... + 1/topk) do (collecting one score from each group), 54 for 16 and 303 for 64, so what is
-// left to rank is small. Ranking bisects on the scores' bits until exactly topk are above. No exponential, no sort, and no
-// branch that depends on a score in either pass. Tested in tests/unit/topk_blocks_test.cc.
+// Top-k of rows of scores in two passes over a row that lies in the L1 or L2 cache. The first finds a bound that at
+// least topk scores reach: cut the row into as many groups as vector lanes hold topk, take each group's maximum, then
+// the least of those. The second compares with the bound, a vector at a time, and packs the ids of what reaches it; of
+// random scores about topk * (1/1 + 1/2 + ... + 1/topk) do (collecting one score from each group), 54 for 16 and 303
+// for 64, so what is left to rank is small. Ranking bisects on the scores' bits until exactly topk are above. No
+// exponential, no sort, and no branch that depends on a score in either pass. Tested in tests/unit/topk_blocks_test.cc.
 #if defined(MSA_CPU_TOPK_BLOCKS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_TOPK_BLOCKS_INL_H_
 #undef MSA_CPU_TOPK_BLOCKS_INL_H_
@@ -58,7 +58,8 @@ struct LaneLists {
 inline constexpr LaneLists kLaneLists;
 #endif
 
-/// Writes first + lane for every lane of `keep`, ascending, and what comes up to a whole vector; returns how many there are.
+/// Writes first + lane for every lane of `keep`, ascending, and what comes up to a whole vector; returns how many there
+/// are.
 HWY_INLINE HWY_ATTR std::int64_t pack_ids(std::int32_t first, hn::Mask<FloatTag> keep, std::int32_t* to) {
   const FloatTag df;
   const IdTag di;
@@ -78,8 +79,8 @@ HWY_INLINE HWY_ATTR std::int64_t pack_ids(std::int32_t first, hn::Mask<FloatTag>
 #endif
 }
 
-/// Ids of scores that may be among a row's topk, ascending: written by the caller to the end of `ids`, cut back to the best
-/// topk when more than kCapacity are there.
+/// Ids of scores that may be among a row's topk, ascending: written by the caller to the end of `ids`, cut back to the
+/// best topk when more than kCapacity are there.
 struct Survivors {
   static constexpr std::int64_t kCapacity = 512;  // twice what the first pass leaves of random scores at topk 64
   static constexpr int kVectors = 4;              // that the caller may add before it looks at the count
@@ -98,8 +99,8 @@ HWY_INLINE HWY_ATTR std::int64_t count_reaching(const std::int32_t* keys, std::i
   return static_cast<std::int64_t>(reaching);
 }
 
-/// Keeps the topk best of `count` > topk survivors, ties to the lower id. Returns the score that a later one must reach to be
-/// among them: the next number above the worst kept; NaN, which nothing reaches, above +inf.
+/// Keeps the topk best of `count` > topk survivors, ties to the lower id. Returns the score that a later one must reach
+/// to be among them: the next number above the worst kept; NaN, which nothing reaches, above +inf.
 inline HWY_ATTR float keep_best(Survivors& survivors, std::int64_t count, const float* scores, std::int64_t topk) {
   constexpr std::int32_t kBelowAll = std::numeric_limits<std::int32_t>::min();
   const IdTag di;
@@ -117,8 +118,8 @@ inline HWY_ATTR float keep_best(Survivors& survivors, std::int64_t count, const 
     most = hn::Max(most, padded);
     least = hn::Min(least, hn::IfThenElse(valid, found, least));
   }
-  // At least topk keys reach `low`, fewer than topk reach high + 1. The bits of floats are spread like their logarithms, so
-  // halving the range finds the gap below the topk-th key in a few steps; a tie there takes all of them.
+  // At least topk keys reach `low`, fewer than topk reach high + 1. The bits of floats are spread like their
+  // logarithms, so halving the range finds the gap below the topk-th key in a few steps; a tie there takes all of them.
   std::int64_t low = hn::GetLane(hn::MinOfLanes(di, least));
   std::int64_t high = hn::GetLane(hn::MaxOfLanes(di, most));
   std::int64_t reached = count;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows that belong to no sequence (padding of a captured graph) are inert: what is written there is zero. Tested through
-// the operators.
+// Rows that belong to no sequence (padding of a captured graph) are inert: what is written there is zero. Tested
+// through the operators.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace msa::cpu {
 
-/// Zeros rows [first, rows) of a tensor [rows, heads, dim] or [rows, dim] of any type (all of them have a zero of all-zero
-/// bits).
+/// Zeros rows [first, rows) of a tensor [rows, heads, dim] or [rows, dim] of any type (all of them have a zero of
+/// all-zero bits).
 inline void zero_rows(const TensorView& tensor, std::int64_t first) {
   const auto element = static_cast<std::int64_t>(dtype_size(tensor.dtype));
   const std::int64_t heads = tensor.rank == 3 ? tensor.size(1) : 1;

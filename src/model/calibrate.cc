@@ -60,7 +60,8 @@ std::vector<LayerGain> rank_layers(const Decoder& decoder, const std::vector<Ret
     const auto [value, head] = sum.max(0);
     ranking.push_back({layer, value.item<double>() / static_cast<double>(documents.size()), head.item<std::int64_t>()});
   }
-  std::stable_sort(ranking.begin(), ranking.end(), [](const LayerGain& a, const LayerGain& b) { return a.gain > b.gain; });
+  std::stable_sort(ranking.begin(), ranking.end(),
+                   [](const LayerGain& a, const LayerGain& b) { return a.gain > b.gain; });
   return ranking;
 }
 
@@ -92,7 +93,8 @@ void spend_budget(files::ModelConfig& config, const std::vector<LayerGain>& rank
     const double factor = (before - fixed) / others_sum;
     for (const std::size_t layer : others) {
       const double wanted = std::round(static_cast<double>(config.index_topk_blocks[layer]) * factor);
-      config.index_topk_blocks[layer] = static_cast<std::int64_t>(std::clamp(wanted, 1.0, static_cast<double>(kMaxTopk)));
+      config.index_topk_blocks[layer] =
+          static_cast<std::int64_t>(std::clamp(wanted, 1.0, static_cast<double>(kMaxTopk)));
     }
   }
   for (const std::size_t layer : favoured) {

@@ -59,8 +59,8 @@ at::Tensor to_real(const at::Tensor& values, const Pairs& pairs) {
 
 // What the closed form needs of one layer, summed over calibration tokens.
 struct Moments {
-  at::Tensor keys;      // complex128 [pairs, kv_heads, kv_heads]: sum k_r conj(k_s)
-  at::Tensor queries;   // float64 [kv_heads, pairs]: sum |mean query of the group|^2
+  at::Tensor keys;                  // complex128 [pairs, kv_heads, kv_heads]: sum k_r conj(k_s)
+  at::Tensor queries;               // float64 [kv_heads, pairs]: sum |mean query of the group|^2
   at::Tensor key_gain, query_gain;  // float64 [heads, 2]: energy after and before the norm (models with q/k norms)
   std::int64_t tokens = 0;
 };
@@ -84,7 +84,8 @@ Projections project(Decoder& decoder, std::int64_t layer, const Moments* moments
     at::Tensor scale = decoder.parameter(projection_name(layer, norm)).detach().to(at::kDouble);
     if (config.gemma_norm) scale = scale + 1.0;
     weight = weight * scale.view({1, -1, 1});
-    if (gain.defined()) weight = weight * (gain.select(1, 0) / gain.select(1, 1).clamp_min(1e-30)).sqrt().view({-1, 1, 1});
+    if (gain.defined())
+      weight = weight * (gain.select(1, 0) / gain.select(1, 1).clamp_min(1e-30)).sqrt().view({-1, 1, 1});
   };
   fold(result.queries, "q_norm", moments != nullptr ? moments->query_gain : at::Tensor());
   fold(result.keys, "k_norm", moments != nullptr ? moments->key_gain : at::Tensor());
@@ -110,8 +111,8 @@ std::map<std::int64_t, Moments> collect_moments(Decoder& decoder, const std::set
       return to_complex(heads.to(at::kFloat).permute({1, 2, 0}), pairs).permute({1, 2, 0});
     };
     const at::Tensor keys = complex_heads(view.k);
-    const at::Tensor queries =
-        complex_heads(view.q.to(at::kFloat).view({view.q.size(0), kv_heads, config.group_size(), config.head_dim}).mean(2));
+    const at::Tensor queries = complex_heads(
+        view.q.to(at::kFloat).view({view.q.size(0), kv_heads, config.group_size(), config.head_dim}).mean(2));
     const at::Tensor key_sum = at::matmul(keys.transpose(1, 2), keys.conj()).to(at::kComplexDouble);
     const at::Tensor query_sum = at::real(queries * queries.conj()).sum(1).t().to(at::kDouble);
     at::Tensor key_gain, query_gain;
@@ -119,7 +120,10 @@ std::map<std::int64_t, Moments> collect_moments(Decoder& decoder, const std::set
       const auto gain = [&](const at::Tensor& after, const at::Tensor& weight) {
         const at::Tensor before = at::matmul(view.x.to(at::kFloat), weight.flatten(0, 1).t().to(at::kFloat))
                                       .view({after.size(0), after.size(1), config.head_dim});
-        return at::stack({after.to(at::kFloat).square().sum(at::IntArrayRef{0, 2}), before.square().sum(at::IntArrayRef{0, 2})}, 1).to(at::kDouble);
+        return at::stack({after.to(at::kFloat).square().sum(at::IntArrayRef{0, 2}),
+                          before.square().sum(at::IntArrayRef{0, 2})},
+                         1)
+            .to(at::kDouble);
       };
       key_gain = gain(view.k, projections.at(view.layer).keys);
       query_gain = gain(view.q, projections.at(view.layer).queries);
@@ -157,15 +161,16 @@ at::Tensor random_rows(std::vector<std::int64_t> shape, Random& random) {
   return result;
 }
 
-// Rows of head_dim width, made index_dim wide. Narrower: the rotary part stays, and of the standing pairs those of largest
-// `weight`. Wider: the rest stands still under RoPE, where no more of the turning pairs can be kept, and starts small and
-// random (zeros on both sides would never learn).
+// Rows of head_dim width, made index_dim wide. Narrower: the rotary part stays, and of the standing pairs those of
+// largest `weight`. Wider: the rest stands still under RoPE, where no more of the turning pairs can be kept, and starts
+// small and random (zeros on both sides would never learn).
 IndexWeights fit_width(const IndexWeights& full, const files::ModelConfig& config, const Pairs& pairs,
                        std::int64_t index_dim, const at::Tensor& weight, Random& random) {
   constexpr double kSmall = 0.1;
   const std::int64_t rest = index_dim - config.head_dim;
   if (rest > 0) {
-    const at::Tensor more_queries = random_rows({config.num_key_value_heads, rest, config.hidden_size}, random) * kSmall;
+    const at::Tensor more_queries =
+        random_rows({config.num_key_value_heads, rest, config.hidden_size}, random) * kSmall;
     const at::Tensor more_keys = random_rows({rest, config.hidden_size}, random) * kSmall;
     return {at::cat({full.queries, more_queries}, 1), at::cat({full.keys, more_keys}, 0)};
   }
@@ -188,12 +193,11 @@ IndexWeights closed_form(const Projections& projections, const Moments& moments,
       projections.queries.view({kv_heads, config.group_size(), head_dim, config.hidden_size}).mean(1), pairs);
   const at::Tensor keys = to_complex(projections.keys, pairs) * weight.unsqueeze(-1);  // [kv_heads, pairs, hidden]
   const at::Tensor weights_by_pair = weight.t();                                       // [pairs, kv_heads]
-  const at::Tensor covariance =
-      moments.keys / tokens * (weights_by_pair.unsqueeze(2) * weights_by_pair.unsqueeze(1));
+  const at::Tensor covariance = moments.keys / tokens * (weights_by_pair.unsqueeze(2) * weights_by_pair.unsqueeze(1));
   const auto [values, vectors] = at::linalg_eigh(covariance);  // ascending; [pairs, kv_heads, n]
   // The scale of a pair is free (its query takes the inverse): keep index keys as large as the model's own.
   const at::Tensor size = weight.square().mean(0).sqrt();  // [pairs]
-  const at::Tensor v = vectors.select(2, kv_heads - 1);  // [pairs, kv_heads]
+  const at::Tensor v = vectors.select(2, kv_heads - 1);    // [pairs, kv_heads]
   const at::Tensor key = at::einsum("ir,rih->ih", {v.conj(), keys}) / size.unsqueeze(-1);
   const at::Tensor query = mean_queries * (v.t().conj() / weight * size).unsqueeze(-1);
   return fit_width({to_real(query, pairs), to_real(key, pairs)}, config, pairs, index_dim,
@@ -221,12 +225,9 @@ Initialization parse_initialization(const std::string& name) {
 
 const char* initialization_name(Initialization value) {
   switch (value) {
-    case Initialization::kClosedForm:
-      return "closed-form";
-    case Initialization::kMean:
-      return "mean";
-    case Initialization::kRandom:
-      return "random";
+    case Initialization::kClosedForm: return "closed-form";
+    case Initialization::kMean: return "mean";
+    case Initialization::kRandom: return "random";
   }
   return "?";
 }
@@ -236,12 +237,13 @@ void add_index(Decoder& decoder, const ConvertOptions& options, const std::vecto
   const files::ModelConfig base = decoder.config();
   const std::int64_t index_dim = options.index_dim == 0 ? base.head_dim : options.index_dim;
   if (base.has_sparse_layers()) {
-    throw Error("convert: the model has an index branch already (layer_types); convert the dense checkpoint it came from");
+    throw Error(
+        "convert: the model has an index branch already (layer_types); convert the dense checkpoint it came from");
   }
   if (index_dim % kHeadDimMultiple != 0 || index_dim > kMaxHeadDim || index_dim < base.rope.rotary_dim) {
     throw Error("convert: index_dim " + std::to_string(index_dim) + " is not a multiple of " +
-                std::to_string(kHeadDimMultiple) + " between the rotary dimension " + std::to_string(base.rope.rotary_dim) +
-                " and " + std::to_string(kMaxHeadDim));
+                std::to_string(kHeadDimMultiple) + " between the rotary dimension " +
+                std::to_string(base.rope.rotary_dim) + " and " + std::to_string(kMaxHeadDim));
   }
   std::set<std::int64_t> layers(options.layers.begin(), options.layers.end());
   if (options.layers.empty()) {
@@ -252,7 +254,8 @@ void add_index(Decoder& decoder, const ConvertOptions& options, const std::vecto
   }
   files::ModelConfig config = base;
   config.layer_types.assign(static_cast<std::size_t>(base.num_hidden_layers), files::AttentionType::kFull);
-  for (const std::int64_t layer : layers) config.layer_types[static_cast<std::size_t>(layer)] = files::AttentionType::kSparse;
+  for (const std::int64_t layer : layers)
+    config.layer_types[static_cast<std::size_t>(layer)] = files::AttentionType::kSparse;
   config.index_n_heads = base.num_key_value_heads;
   config.index_head_dim = index_dim;
   config.index_block_size = options.block_size;
@@ -346,7 +349,8 @@ void write_converted(const Decoder& decoder, const fs::path& from, const fs::pat
   if (fs::exists(final_path) && !replace) {
     throw Error("convert: " + final_path.string() + " exists; name another directory, or --force to replace it");
   }
-  if (fs::equivalent(from, final_path, error)) throw Error("convert: " + out.string() + " is the model being converted");
+  if (fs::equivalent(from, final_path, error))
+    throw Error("convert: " + out.string() + " is the model being converted");
   fs::create_directories(final_path.parent_path());
   const fs::path partial = final_path.string() + ".partial";
   fs::remove_all(partial);
@@ -369,9 +373,12 @@ void write_converted(const Decoder& decoder, const fs::path& from, const fs::pat
       spec.name = name;
       spec.dtype = sibling != nullptr ? sibling->dtype : files::DType::kF32;
       at::ScalarType type = at::kFloat;
-      if (spec.dtype == files::DType::kBf16) type = at::kBFloat16;
-      else if (spec.dtype == files::DType::kF16) type = at::kHalf;
-      else spec.dtype = files::DType::kF32;
+      if (spec.dtype == files::DType::kBf16)
+        type = at::kBFloat16;
+      else if (spec.dtype == files::DType::kF16)
+        type = at::kHalf;
+      else
+        spec.dtype = files::DType::kF32;
       spec.shape = tensor.sizes().vec();
       specs.push_back(spec);
       owned.push_back(tensor.detach().to(type).contiguous());

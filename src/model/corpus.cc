@@ -136,9 +136,9 @@ std::size_t line_start_after(const std::string& text, std::size_t at) {
 void Corpus::add_document(const std::string& name, const std::string& text) {
   if (text.size() < kMinDocumentBytes) return;
   const std::string base = fs::path(name).filename().string();
-  static const std::set<std::string> kCode = {".c",  ".cc",   ".cpp", ".cu", ".go", ".h",  ".hh",  ".hpp", ".java",
-                                              ".js", ".json", ".lua", ".py", ".rb", ".rs", ".sh",  ".sql", ".ts",
-                                              ".xml", ".yaml", ".yml"};
+  static const std::set<std::string> kCode = {".c",   ".cc",   ".cpp", ".cu",   ".go",  ".h",    ".hh",
+                                              ".hpp", ".java", ".js",  ".json", ".lua", ".py",   ".rb",
+                                              ".rs",  ".sh",   ".sql", ".ts",   ".xml", ".yaml", ".yml"};
   const bool is_code = kCode.contains(fs::path(name).extension().string());
   std::size_t begin = 0;
   for (std::size_t part = 0; begin < text.size(); ++part) {
@@ -154,7 +154,8 @@ void Corpus::add_document(const std::string& name, const std::string& text) {
   }
 }
 
-// A small corpus may have all its units on one side: then the last one changes sides, and of a single unit the last eighth.
+// A small corpus may have all its units on one side: then the last one changes sides, and of a single unit the last
+// eighth.
 void Corpus::settle_split(const std::string& what) {
   if (units_.empty()) throw Error("corpus: no text found in " + what);
   origin_ = what;
@@ -268,9 +269,11 @@ std::vector<Tokens> Corpus::windows(const Encode& encode, Split split, std::int6
   };
   Random random(seed, 0x5eed, split == Split::kHeldOut ? 1 : 0);
   const std::size_t piece_bytes = static_cast<std::size_t>(length) * 4;
-  const auto is_in = [&](const Unit& unit) { return unit.held_out == (split == Split::kHeldOut) && !unit.text.empty(); };
-  const bool without_code =
-      prose && std::any_of(units_.begin(), units_.end(), [&](const Unit& unit) { return is_in(unit) && !unit.is_code; });
+  const auto is_in = [&](const Unit& unit) {
+    return unit.held_out == (split == Split::kHeldOut) && !unit.text.empty();
+  };
+  const bool without_code = prose && std::any_of(units_.begin(), units_.end(),
+                                                 [&](const Unit& unit) { return is_in(unit) && !unit.is_code; });
   // rounds[r]: the r-th piece of every unit that has one
   std::vector<std::vector<Piece>> rounds;
   for (const Unit& unit : units_) {
@@ -303,8 +306,9 @@ std::vector<Tokens> Corpus::windows(const Encode& encode, Split split, std::int6
     }
   }
   if (windows.empty()) {
-    throw Error("corpus: the " + std::string(split == Split::kHeldOut ? "held-out" : "training") + " part of " + origin_ +
-                " has " + std::to_string(pending.size()) + " tokens, fewer than one window of " + std::to_string(length));
+    throw Error("corpus: the " + std::string(split == Split::kHeldOut ? "held-out" : "training") + " part of " +
+                origin_ + " has " + std::to_string(pending.size()) + " tokens, fewer than one window of " +
+                std::to_string(length));
   }
   return windows;
 }

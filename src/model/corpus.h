@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Training and evaluation text: files and directories become documents, documents become windows of tokens. What is held
-// out for evaluation depends only on a document's name and place, never on the order of the file system or the seed, so
-// runs with different seeds or windows never train on what another evaluates. Tested in tests/unit/model_train.cc.
+// Training and evaluation text: files and directories become documents, documents become windows of tokens. What is
+// held out for evaluation depends only on a document's name and place, never on the order of the file system or the
+// seed, so runs with different seeds or windows never train on what another evaluates. Tested in
+// tests/unit/model_train.cc.
 #pragma once
 
 #include <cstddef>
@@ -21,9 +22,9 @@ using Encode = std::function<Tokens(std::string_view)>;
 enum class Split { kTrain, kHeldOut };
 
 struct CorpusLimits {
-  std::size_t max_files = 100'000;         ///< directory entries looked at
-  std::size_t max_file_bytes = 16 << 20;   ///< of a file this much is read
-  std::size_t max_bytes = 256 << 20;       ///< text kept; directories beyond it are cut, in name order
+  std::size_t max_files = 100'000;        ///< directory entries looked at
+  std::size_t max_file_bytes = 16 << 20;  ///< of a file this much is read
+  std::size_t max_bytes = 256 << 20;      ///< text kept; directories beyond it are cut, in name order
 };
 
 class Corpus {
@@ -41,11 +42,11 @@ class Corpus {
   /// Bytes of text of a split.
   std::size_t bytes(Split split) const;
 
-  /// Up to `count` windows of exactly `length` tokens. A window is one or more pieces of documents, whole lines of about
-  /// 4 * length bytes each, every piece followed by `separator` (none when negative). Pieces are drawn in a random order
-  /// that visits every document before a second piece of one, and no text is used twice: a small corpus gives fewer
-  /// windows than asked for. With `prose`, program text is left out where there is other text. Encodes what is needed and
-  /// no more. Throws msa::Error when there is not even one window.
+  /// Up to `count` windows of exactly `length` tokens. A window is one or more pieces of documents, whole lines of
+  /// about 4 * length bytes each, every piece followed by `separator` (none when negative). Pieces are drawn in a
+  /// random order that visits every document before a second piece of one, and no text is used twice: a small corpus
+  /// gives fewer windows than asked for. With `prose`, program text is left out where there is other text. Encodes what
+  /// is needed and no more. Throws msa::Error when there is not even one window.
   std::vector<Tokens> windows(const Encode& encode, Split split, std::int64_t length, std::int64_t count,
                               std::uint64_t seed, std::int64_t separator, bool prose = false) const;
 

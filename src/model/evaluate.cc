@@ -129,7 +129,8 @@ double parse_budget(const std::string& text) {
                         ? number(view, share)
                         : number(view.substr(0, slash), share) && number(view.substr(slash + 1), over) && over > 0;
   share /= over;
-  if (!good || !(share > 0 && share <= 1)) throw Error("budget '" + text + "': a share of the context such as 1/8 or 0.125");
+  if (!good || !(share > 0 && share <= 1))
+    throw Error("budget '" + text + "': a share of the context such as 1/8 or 0.125");
   return share;
 }
 
@@ -141,7 +142,8 @@ EvaluationMode parse_evaluation_mode(const std::string& text) {
   if (at == std::string::npos) return mode;
   const std::string amount = text.substr(at + 1);
   if (mode.attention == AttentionMode::kDense) throw Error("attention '" + text + "': dense attention has no budget");
-  const bool is_count = !amount.empty() && std::all_of(amount.begin(), amount.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const bool is_count =
+      !amount.empty() && std::all_of(amount.begin(), amount.end(), [](char c) { return c >= '0' && c <= '9'; });
   if (is_count && amount != "1") {
     std::int64_t blocks = 0;
     const auto [end, error] = std::from_chars(amount.data(), amount.data() + amount.size(), blocks);
@@ -220,7 +222,8 @@ Evaluation evaluate(const Decoder& decoder, const std::vector<Tokens>& windows, 
       topk[layer] = mode.topk ? *mode.topk : config.index_topk_blocks.at(layer);
     }
     if (mode.budget > 0) topk = spread_budget(config, mode.budget, context);
-    meters.push_back({mode.name, topk, AlignmentMeter(config.num_hidden_layers), AlignmentMeter(config.num_hidden_layers)});
+    meters.push_back(
+        {mode.name, topk, AlignmentMeter(config.num_hidden_layers), AlignmentMeter(config.num_hidden_layers)});
   }
   std::size_t recall_mode = 0;  // the pass in which recalls are measured
   std::size_t map_mode = options.modes.size();
@@ -268,8 +271,8 @@ Evaluation evaluate(const Decoder& decoder, const std::vector<Tokens>& windows, 
               meter.trained.add(view.layer,
                                 measure_alignment(decoder, view.layer, view.x, q, view.k, rows, topk, options.teacher));
               if (options.baseline != nullptr && options.baseline->has_index_branch(view.layer)) {
-                meter.untrained.add(view.layer, measure_alignment(*options.baseline, view.layer, view.x, q, view.k, rows,
-                                                                  topk, options.teacher));
+                meter.untrained.add(view.layer, measure_alignment(*options.baseline, view.layer, view.x, q, view.k,
+                                                                  rows, topk, options.teacher));
               }
             }
           }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How good a model and its index are: loss and perplexity on held-out windows under each way of attending, the KL and the
-// recalls of the index branch, and maps of what it selects. One dense forward of a window serves the loss, the KL and the
-// recalls of every budget asked for. Tested in tests/unit/model_train.cc and tests/python/test_train.py.
+// How good a model and its index are: loss and perplexity on held-out windows under each way of attending, the KL and
+// the recalls of the index branch, and maps of what it selects. One dense forward of a window serves the loss, the KL
+// and the recalls of every budget asked for. Tested in tests/unit/model_train.cc and tests/python/test_train.py.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,8 +17,8 @@
 
 namespace msa::model {
 
-/// Negative log-likelihood of every next token, float32 [T - 1]: hidden [T, hidden] of tokens int64 [T]. Logits are made a
-/// few hundred rows at a time.
+/// Negative log-likelihood of every next token, float32 [T - 1]: hidden [T, hidden] of tokens int64 [T]. Logits are
+/// made a few hundred rows at a time.
 at::Tensor token_losses(const Decoder& decoder, const at::Tensor& hidden, const at::Tensor& tokens);
 
 /// What one layer's index branch is worth on some query rows of one window. NaN where there is nothing to measure.
@@ -27,8 +27,8 @@ struct LayerAlignment {
   double block_recall = 0;  ///< of the topk blocks of largest attention mass, mean over rows that see more than topk
   double score_recall = 0;
 };
-/// x [T, hidden] the layer's normalised input; q [R, query_heads, head_dim] the queries at `rows` (int32 [R], ascending);
-/// k [T, kv_heads, head_dim]. topk 0 leaves the recalls NaN. Computes index queries of the rows only.
+/// x [T, hidden] the layer's normalised input; q [R, query_heads, head_dim] the queries at `rows` (int32 [R],
+/// ascending); k [T, kv_heads, head_dim]. topk 0 leaves the recalls NaN. Computes index queries of the rows only.
 LayerAlignment measure_alignment(const Decoder& decoder, std::int64_t layer, const at::Tensor& x, const at::Tensor& q,
                                  const at::Tensor& k, const at::Tensor& rows, std::int64_t topk, Teacher teacher);
 
@@ -53,7 +53,8 @@ class AlignmentMeter {
   std::vector<Mean> kl_, block_, score_;
 };
 
-/// One way to run the model: a mode at the checkpoint's own budget, at a number of blocks, or at a share of the context.
+/// One way to run the model: a mode at the checkpoint's own budget, at a number of blocks, or at a share of the
+/// context.
 struct EvaluationMode {
   AttentionMode attention = AttentionMode::kSparse;
   std::optional<std::int64_t> topk;
@@ -75,7 +76,7 @@ struct ModeResult {
   double loss = 0, perplexity = 0;            ///< over all positions
   double last_loss = 0, last_perplexity = 0;  ///< over the last `last_positions` of each window
   std::vector<double> window_losses;
-  ForwardSeconds seconds;                     ///< of the forward passes, without the head
+  ForwardSeconds seconds;  ///< of the forward passes, without the head
   std::int64_t tokens = 0;
 };
 
@@ -94,11 +95,11 @@ struct SelectionMap {
 struct EvaluationOptions {
   std::vector<EvaluationMode> modes;
   std::int64_t last_positions = 1024;
-  std::int64_t recall_rows = 256;       ///< query rows a window on which KL and recalls are measured; 0: none
-  std::vector<std::int64_t> map_layers; ///< layers whose selections are mapped, on the first window
+  std::int64_t recall_rows = 256;        ///< query rows a window on which KL and recalls are measured; 0: none
+  std::vector<std::int64_t> map_layers;  ///< layers whose selections are mapped, on the first window
   Teacher teacher = Teacher::kMean;
   std::uint64_t seed = 0;
-  const Decoder* baseline = nullptr;    ///< same base model with another index (untrained), measured beside
+  const Decoder* baseline = nullptr;  ///< same base model with another index (untrained), measured beside
   std::function<void(const std::string&)> progress;  ///< optional: one line of text a step
 };
 
@@ -108,8 +109,8 @@ struct Evaluation {
   std::vector<SelectionMap> maps;
 };
 
-/// Runs every window under every mode. Windows of equal length. KL and recalls are taken from the dense pass, or from the
-/// first pass when no mode is dense; maps from the first sparse pass. Throws msa::Error on no windows or no modes.
+/// Runs every window under every mode. Windows of equal length. KL and recalls are taken from the dense pass, or from
+/// the first pass when no mode is dense; maps from the first sparse pass. Throws msa::Error on no windows or no modes.
 Evaluation evaluate(const Decoder& decoder, const std::vector<Tokens>& windows, const EvaluationOptions& options);
 
 }  // namespace msa::model

@@ -148,9 +148,8 @@ bool wants_grad(std::initializer_list<const at::Tensor*> tensors) {
 
 void for_parts(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
   const std::int64_t parts = (count + grain - 1) / grain;
-  core::parallel_for(at::get_num_threads(), parts, [&](std::int64_t part, int) {
-    body(part * grain, std::min(count, (part + 1) * grain));
-  });
+  core::parallel_for(at::get_num_threads(), parts,
+                     [&](std::int64_t part, int) { body(part * grain, std::min(count, (part + 1) * grain)); });
 }
 
 at::Tensor Linear::operator()(const at::Tensor& x) const {

@@ -88,7 +88,8 @@ void AdamW::load_state(const std::function<at::Tensor(const std::string&)>& tens
   const auto take = [&](at::Tensor& target, const std::string& name) {
     const at::Tensor source = tensor(name);
     if (!source.defined()) throw Error("training state: " + name + " is missing");
-    if (source.sizes() != target.sizes()) throw Error("training state: " + name + " has another shape than the model's");
+    if (source.sizes() != target.sizes())
+      throw Error("training state: " + name + " has another shape than the model's");
     target.copy_(source);
   };
   for (Slot& slot : slots_) {

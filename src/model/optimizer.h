@@ -30,9 +30,9 @@ class AdamW {
 
   /// Sets every gradient to undefined, so that a parameter a step never reached is told from one with gradient 0.
   void zero_grad();
-  /// Scales gradients down to a Euclidean norm of at most `clip` (0: leaves them), over all parameters or over each group
-  /// of those that `group` gives the same name; returns the norm over all, before. Throws msa::Error naming a parameter
-  /// whose gradient is not finite.
+  /// Scales gradients down to a Euclidean norm of at most `clip` (0: leaves them), over all parameters or over each
+  /// group of those that `group` gives the same name; returns the norm over all, before. Throws msa::Error naming a
+  /// parameter whose gradient is not finite.
   double clip_gradients(double clip, const std::function<std::string(const std::string&)>& group = {});
   /// One update with a learning rate a parameter (asked by name). Parameters without a gradient stay, moments and all.
   void step(const std::function<double(const std::string&)>& learning_rate);

@@ -135,9 +135,11 @@ std::vector<Trial> make_multikey_trials(const TextTools& tools, const Tokens& fi
         used += static_cast<std::int64_t>(lines.back().size());
       }
       const std::int64_t room = length - used;
-      if (room < length / 4) throw Error("multikey: a document of " + std::to_string(length) + " tokens leaves no room for text");
+      if (room < length / 4)
+        throw Error("multikey: a document of " + std::to_string(length) + " tokens leaves no room for text");
       trial.prompt = frame.head;
-      const std::int64_t shift = document * 97 % std::max<std::int64_t>(1, room / 8);  // documents differ in their places
+      const std::int64_t shift =
+          document * 97 % std::max<std::int64_t>(1, room / 8);  // documents differ in their places
       std::int64_t last = 0;
       for (std::size_t j = 0; j < lines.size(); ++j) {
         const std::int64_t place = (2 * static_cast<std::int64_t>(j) + 1) * room / 8 - shift;
@@ -167,16 +169,19 @@ std::vector<Trial> make_variable_trials(const TextTools& tools, const Tokens& fi
       trial.key = std::to_string(10000 + random.below(90000));
       while (static_cast<std::int64_t>(trial.answers.size()) < kChainNames) {
         std::string name;
-        for (std::int64_t letter = 0; letter < kNameLetters; ++letter) name += static_cast<char>('A' + random.below(26));
+        for (std::int64_t letter = 0; letter < kNameLetters; ++letter)
+          name += static_cast<char>('A' + random.below(26));
         if (std::find(trial.answers.begin(), trial.answers.end(), name) == trial.answers.end()) {
           trial.answers.push_back(name);
         }
       }
-      const ChatFrame frame = frame_chat(
-          tools, "Memorize and track the chain of variable assignment hidden in the following text.\n\n",
-          {{"user", "\n\nQuestion: Find all variables that are assigned the value " + trial.key + " in the text above."}}, true,
-          "According to the chain of variable assignment in the text above, " + std::to_string(kChainNames) +
-              " variables are assigned the value " + trial.key + ", they are:");
+      const ChatFrame frame =
+          frame_chat(tools, "Memorize and track the chain of variable assignment hidden in the following text.\n\n",
+                     {{"user", "\n\nQuestion: Find all variables that are assigned the value " + trial.key +
+                                   " in the text above."}},
+                     true,
+                     "According to the chain of variable assignment in the text above, " + std::to_string(kChainNames) +
+                         " variables are assigned the value " + trial.key + ", they are:");
       std::vector<Tokens> links;
       auto used = static_cast<std::int64_t>(frame.head.size() + frame.tail.size()) + kChainAnswerTokens;
       std::string value = trial.key;
@@ -195,7 +200,8 @@ std::vector<Trial> make_variable_trials(const TextTools& tools, const Tokens& fi
       std::int64_t last = 0;
       for (std::int64_t j = 0; j < kChainNames; ++j) {
         const std::int64_t begin = j * room / kChainNames, end = (j + 1) * room / kChainNames;
-        const std::int64_t place = begin + static_cast<std::int64_t>(random.uniform() * static_cast<double>(end - begin));
+        const std::int64_t place =
+            begin + static_cast<std::int64_t>(random.uniform() * static_cast<double>(end - begin));
         if (j == 0) trial.depth = static_cast<double>(place) / static_cast<double>(room);
         append(trial.prompt, filler, last, place);
         const Tokens& link = links[static_cast<std::size_t>(j)];

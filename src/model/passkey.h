@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Retrieval tasks in the style of RULER: a five-digit pass key hidden at some depth of a long document (passkey), several
-// named ones of which one is asked for (multikey), or a chain of assignments scattered over the document, VAR A = 12345,
-// VAR B = VAR A and so on, whose names are asked for by the value (variable-tracking). The documents of one length share their text before the key, and the
-// shorter documents are beginnings of the longer ones, so that most of what a trial reads is in the cache already: trials
-// are run in the order of their tokens, and between two of them the cache is cropped to what they share. Tested in
-// tests/unit/model_train.cc.
+// Retrieval tasks in the style of RULER: a five-digit pass key hidden at some depth of a long document (passkey),
+// several named ones of which one is asked for (multikey), or a chain of assignments scattered over the document, VAR A
+// = 12345, VAR B = VAR A and so on, whose names are asked for by the value (variable-tracking). The documents of one
+// length share their text before the key, and the shorter documents are beginnings of the longer ones, so that most of
+// what a trial reads is in the cache already: trials are run in the order of their tokens, and between two of them the
+// cache is cropped to what they share. Tested in tests/unit/model_train.cc.
 #pragma once
 
 #include <cstdint>
@@ -46,9 +46,9 @@ struct TrialResult {
 };
 
 struct TrialRun {
-  std::vector<TrialResult> results;       ///< parallel to the trials
-  std::int64_t prompt_tokens = 0;         ///< of all prompts
-  std::int64_t computed_tokens = 0;       ///< of them run through the model; the others were in the cache
+  std::vector<TrialResult> results;  ///< parallel to the trials
+  std::int64_t prompt_tokens = 0;    ///< of all prompts
+  std::int64_t computed_tokens = 0;  ///< of them run through the model; the others were in the cache
   std::int64_t generated_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;
   struct Tally {
@@ -60,8 +60,8 @@ struct TrialRun {
 
 struct TrialOptions {
   AttentionOptions attention;
-  std::int64_t chunk = 1024;     ///< prompt tokens a forward
-  std::int64_t max_answer = 8;   ///< tokens generated, greedily: see answer_tokens
+  std::int64_t chunk = 1024;    ///< prompt tokens a forward
+  std::int64_t max_answer = 8;  ///< tokens generated, greedily: see answer_tokens
   std::vector<std::int64_t> stop_tokens;
   std::function<std::string(const Tokens&)> decode;
   std::function<void(const Trial&, const TrialResult&)> on_result;  ///< optional

@@ -13,16 +13,15 @@ namespace msa::model {
 namespace {
 
 constexpr std::array<const char*, 96> kWords = {
-    "amber",   "anchor",  "apple",   "arrow",   "autumn",  "badger",  "bamboo",  "basket",  "beacon",  "birch",
-    "blossom", "bottle",  "breeze",  "bridge",  "bronze",  "butter",  "cabin",   "candle",  "canyon",  "carpet",
-    "castle",  "cedar",   "cherry",  "clover",  "cobalt",  "comet",   "copper",  "coral",   "cotton",  "crane",
-    "crystal", "dagger",  "daisy",   "delta",   "desert",  "dragon",  "eagle",   "ember",   "falcon",  "feather",
-    "fennel",  "fiddle",  "finch",   "flint",   "forest",  "garnet",  "ginger",  "glacier", "granite", "hammer",
-    "harbor",  "hazel",   "heron",   "honey",   "indigo",  "island",  "ivory",   "jasmine", "jungle",  "kettle",
-    "lantern", "lemon",   "lilac",   "lotus",   "magnet",  "maple",   "marble",  "meadow",  "mirror",  "mosaic",
-    "nectar",  "needle",  "nickel",  "oasis",   "olive",   "orchid",  "otter",   "oyster",  "paddle",  "panther",
-    "pebble",  "pepper",  "pigeon",  "pine",    "planet",  "plum",    "pocket",  "quartz",  "quill",   "rabbit",
-    "raven",   "ribbon",  "river",   "rocket",  "saddle",  "saffron"};
+    "amber",  "anchor", "apple",   "arrow",   "autumn",  "badger",  "bamboo",  "basket", "beacon",  "birch",  "blossom",
+    "bottle", "breeze", "bridge",  "bronze",  "butter",  "cabin",   "candle",  "canyon", "carpet",  "castle", "cedar",
+    "cherry", "clover", "cobalt",  "comet",   "copper",  "coral",   "cotton",  "crane",  "crystal", "dagger", "daisy",
+    "delta",  "desert", "dragon",  "eagle",   "ember",   "falcon",  "feather", "fennel", "fiddle",  "finch",  "flint",
+    "forest", "garnet", "ginger",  "glacier", "granite", "hammer",  "harbor",  "hazel",  "heron",   "honey",  "indigo",
+    "island", "ivory",  "jasmine", "jungle",  "kettle",  "lantern", "lemon",   "lilac",  "lotus",   "magnet", "maple",
+    "marble", "meadow", "mirror",  "mosaic",  "nectar",  "needle",  "nickel",  "oasis",  "olive",   "orchid", "otter",
+    "oyster", "paddle", "panther", "pebble",  "pepper",  "pigeon",  "pine",    "planet", "plum",    "pocket", "quartz",
+    "quill",  "rabbit", "raven",   "ribbon",  "river",   "rocket",  "saddle",  "saffron"};
 
 struct Template {
   const char* statement;  // {k} and {v} are filled in
@@ -145,8 +144,10 @@ ChatFrame frame_chat(const TextTools& tools, const std::string& intro, std::vect
 
 RetrievalDocument make_retrieval_document(const TextTools& tools, const Tokens& filler, std::int64_t length,
                                           Random& random) {
-  if (static_cast<std::int64_t>(filler.size()) < length) throw Error("retrieval document: filler shorter than the document");
-  const Template& form = kTemplates[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(kTemplates.size())))];
+  if (static_cast<std::int64_t>(filler.size()) < length)
+    throw Error("retrieval document: filler shorter than the document");
+  const Template& form =
+      kTemplates[static_cast<std::size_t>(random.below(static_cast<std::int64_t>(kTemplates.size())))];
   std::vector<std::pair<std::string, std::string>> pairs;
   for (std::int64_t n = std::int64_t{1} << random.below(4); n > 0; --n) {
     std::string key = pick(kWords, random);

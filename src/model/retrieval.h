@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Synthetic documents that must be answered from far back: lines of keys and values hidden in ordinary text, then questions
-// and their answers. Ordinary text teaches the index little about the few heads that retrieve (their group-mean attention is
-// diluted), these documents do. Their templates share no wording with the evaluation's (src/model/passkey.h). Tested in
-// tests/unit/model_train.cc.
+// Synthetic documents that must be answered from far back: lines of keys and values hidden in ordinary text, then
+// questions and their answers. Ordinary text teaches the index little about the few heads that retrieve (their
+// group-mean attention is diluted), these documents do. Their templates share no wording with the evaluation's
+// (src/model/passkey.h). Tested in tests/unit/model_train.cc.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ struct TextTools {
   std::function<std::string(const std::vector<ChatMessage>&, bool)> render_chat;
 };
 
-/// Of a checkpoint directory's tokenizer. Without a chat template that is understood, a conversation is plain paragraphs.
+/// Of a checkpoint directory's tokenizer. Without a chat template that is understood, a conversation is plain
+/// paragraphs.
 TextTools make_text_tools(const files::Tokenizer& tokenizer, const std::string& directory);
 /// Bytes as tokens, for models made from scratch without a tokenizer.
 TextTools make_byte_tools();
@@ -46,8 +47,8 @@ struct RetrievalDocument {
   std::int64_t tail_begin = 0;  ///< first row of the questions and answers
 };
 
-/// `filler`: tokens of ordinary text, at least `length`. Throws msa::Error when `length` leaves no room for one line and
-/// its question.
+/// `filler`: tokens of ordinary text, at least `length`. Throws msa::Error when `length` leaves no room for one line
+/// and its question.
 RetrievalDocument make_retrieval_document(const TextTools& tools, const Tokens& filler, std::int64_t length,
                                           Random& random);
 

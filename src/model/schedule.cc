@@ -24,8 +24,7 @@ double schedule_factor(const ScheduleOptions& options, std::int64_t step) {
   const auto total = static_cast<double>(options.total_steps);
   const auto at = static_cast<double>(step);
   switch (options.kind) {
-    case Schedule::kConstant:
-      return 1.0;
+    case Schedule::kConstant: return 1.0;
     case Schedule::kCosine: {
       const double span = std::max(1.0, total - static_cast<double>(options.warmup_steps));
       const double share = std::clamp((at - static_cast<double>(options.warmup_steps)) / span, 0.0, 1.0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Learning-rate schedules: a linear warmup, then cosine, warmup-stable-decay, or constant. A pure function of the step, so
-// that a resumed run needs nothing but the step. Tested in tests/unit/model_train.cc.
+// Learning-rate schedules: a linear warmup, then cosine, warmup-stable-decay, or constant. A pure function of the step,
+// so that a resumed run needs nothing but the step. Tested in tests/unit/model_train.cc.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,9 @@ struct ScheduleOptions {
   double decay_share = 0.2;
 };
 
-/// What the peak learning rate is multiplied by at `step` (0 <= step < total_steps). The first warmup step already moves:
-/// it has 1 / warmup_steps. The last step of a decay has just not reached min_factor, which the step after it would.
+/// What the peak learning rate is multiplied by at `step` (0 <= step < total_steps). The first warmup step already
+/// moves: it has 1 / warmup_steps. The last step of a decay has just not reached min_factor, which the step after it
+/// would.
 double schedule_factor(const ScheduleOptions& options, std::int64_t step);
 
 }  // namespace msa::model

@@ -65,7 +65,12 @@ class Run {
  public:
   Run(Decoder& decoder, const Corpus& corpus, const TextTools& tools, std::int64_t separator,
       const TrainOptions& options, const TrainHooks& hooks)
-      : decoder_(decoder), corpus_(corpus), tools_(tools), separator_(separator), options_(options), hooks_(hooks),
+      : decoder_(decoder),
+        corpus_(corpus),
+        tools_(tools),
+        separator_(separator),
+        options_(options),
+        hooks_(hooks),
         layers_(without_index() ? std::vector<std::int64_t>() : index_layers(decoder)) {
     for (const TrainStage& stage : options.stages) total_steps_ += stage.steps;
   }
@@ -82,7 +87,8 @@ class Run {
   std::int64_t window_bytes(std::int64_t tokens) const;
   std::vector<TokenWindow> make_windows(std::int64_t count) const;
   AttentionOptions attention(bool sparse) const;
-  CachedWindow capture(const TokenWindow& window, const std::vector<std::int32_t>& pool, const AttentionOptions& how) const;
+  CachedWindow capture(const TokenWindow& window, const std::vector<std::int32_t>& pool,
+                       const AttentionOptions& how) const;
   std::vector<std::int32_t> choose_pool(const TokenWindow& window, std::size_t id) const;
   bool enter_stage(std::size_t stage);  // false: asked to stop
   std::size_t window_at(std::int64_t draw, std::size_t windows) const;
@@ -90,8 +96,8 @@ class Run {
   std::size_t stage_of(std::int64_t step) const;
   void frozen_gradients(bool sparse, StepRecord& record);
   void full_gradients(bool sparse, StepRecord& record);
-  double backpropagate_language(const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& targets, double scale,
-                                at::Tensor& gradient) const;
+  double backpropagate_language(const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& targets,
+                                double scale, at::Tensor& gradient) const;
   void probe(bool sparse, StepRecord& record) const;
   std::int64_t topk_of(std::int64_t layer) const {
     return decoder_.config().index_topk_blocks.at(static_cast<std::size_t>(layer));
@@ -120,7 +126,8 @@ class Run {
   std::vector<CachedWindow> cache_, long_cache_;
   std::vector<Tokens> probe_windows_;
   std::vector<CachedWindow> probe_cache_;
-  // Frozen sparse stage: the index parameters with which the windows were run, so that a resumed run can run them again.
+  // Frozen sparse stage: the index parameters with which the windows were run, so that a resumed run can run them
+  // again.
   std::size_t snapshot_stage_ = 0;
   NamedTensors snapshot_;
 };
@@ -150,7 +157,8 @@ void Run::check() const {
   if (options_.attention == AttentionMode::kWindow && !decoder_.config().has_sparse_layers()) {
     throw fail("attention window needs sparse layers (layer_types), which say the budget");
   }
-  if (!(options_.retrieval_share >= 0 && options_.retrieval_share <= 1)) throw fail("retrieval_share must be in [0, 1]");
+  if (!(options_.retrieval_share >= 0 && options_.retrieval_share <= 1))
+    throw fail("retrieval_share must be in [0, 1]");
 }
 
 // Options that shape the curve: a resumed run must have the same.
@@ -230,7 +238,8 @@ void Run::load_state() {
     }
   }
   step_ = std::stoll(value("step"));
-  if (step_ < 0 || step_ > total_steps_) throw Error(path.string() + ": step " + std::to_string(step_) + " is out of range");
+  if (step_ < 0 || step_ > total_steps_)
+    throw Error(path.string() + ": step " + std::to_string(step_) + " is out of range");
   const auto tensor = [&](const std::string& name) {
     const files::TensorInfo* info = file.find(name);
     if (info == nullptr) return at::Tensor();
@@ -280,7 +289,8 @@ void Run::save_state() const {
 }
 
 std::vector<TokenWindow> Run::make_windows(std::int64_t count) const {
-  std::vector<Tokens> texts = corpus_.windows(tools_.encode, Split::kTrain, options_.context, count, options_.seed, separator_);
+  std::vector<Tokens> texts =
+      corpus_.windows(tools_.encode, Split::kTrain, options_.context, count, options_.seed, separator_);
   std::vector<TokenWindow> windows;
   for (std::size_t i = 0; i < texts.size(); ++i) {
     // the share is spread evenly: window i is synthetic when i * share passes a whole number
@@ -320,7 +330,8 @@ CachedWindow Run::capture(const TokenWindow& window, const std::vector<std::int3
   forward.attention = how;
   forward.observer = [&](const LayerView& view) {
     if (!decoder_.has_index_branch(view.layer)) return;
-    cached.layers.push_back({view.x.to(kCacheType), view.k.to(kCacheType), view.q.index_select(0, rows).to(kCacheType)});
+    cached.layers.push_back(
+        {view.x.to(kCacheType), view.k.to(kCacheType), view.q.index_select(0, rows).to(kCacheType)});
   };
   (void)decoder_.forward(at::tensor(window.tokens, at::kLong), int32_tensor({0, cached.tokens}), forward);
   return cached;
@@ -366,8 +377,8 @@ void Run::prepare_data() {
     const std::int64_t fitting = left / bytes;
     if (fitting < 1) {
       throw Error("train: the activations of a window of " + std::to_string(options_.context) + " tokens take " +
-                  std::to_string(bytes >> 20) + " MiB; " + std::to_string(std::max<std::int64_t>(left, 0) >> 20) + " of " +
-                  std::to_string(allowed >> 20) + " MiB are left for them");
+                  std::to_string(bytes >> 20) + " MiB; " + std::to_string(std::max<std::int64_t>(left, 0) >> 20) +
+                  " of " + std::to_string(allowed >> 20) + " MiB are left for them");
     }
     count = std::min(options_.cache_windows, fitting);
     if (count < options_.cache_windows) {
@@ -400,7 +411,8 @@ bool Run::enter_stage(std::size_t stage) {
       snapshot_.clear();
       snapshot_stage_ = stage;
       for (const auto& [name, parameter] : decoder_.named_parameters()) {
-        if (Decoder::is_index_parameter(name)) snapshot_.emplace_back(name, parameter.detach().to(at::kFloat, false, true));
+        if (Decoder::is_index_parameter(name))
+          snapshot_.emplace_back(name, parameter.detach().to(at::kFloat, false, true));
       }
     } else {
       for (const auto& [name, value] : snapshot_) {
@@ -422,7 +434,8 @@ bool Run::enter_stage(std::size_t stage) {
     progress(std::string("running window ") + std::to_string(i + 1) + " of " + std::to_string(count + long_count) +
              (sparse ? " (sparse)" : " (dense)"));
     const TokenWindow& window = i < count ? windows_[i] : long_windows_[i - count];
-    CachedWindow cached = capture(window, choose_pool(window, i < count ? i : windows_.size() + i - count), attention(sparse));
+    CachedWindow cached =
+        capture(window, choose_pool(window, i < count ? i : windows_.size() + i - count), attention(sparse));
     (i < count ? cache_ : long_cache_).push_back(std::move(cached));
     complete = !should_stop();
   }
@@ -467,7 +480,8 @@ void Run::frozen_gradients(bool sparse, StepRecord& record) {
     const std::int64_t draw = step_ * per_step + j;
     const CachedWindow& window = cached_window(draw);
     Random random(options_.seed, kRowStream, static_cast<std::uint64_t>(draw));
-    const std::vector<std::int32_t> chosen = random.sample(static_cast<std::int64_t>(window.pool.size()), options_.rows);
+    const std::vector<std::int32_t> chosen =
+        random.sample(static_cast<std::int64_t>(window.pool.size()), options_.rows);
     std::vector<std::int32_t> positions;
     for (const std::int32_t i : chosen) positions.push_back(window.pool[static_cast<std::size_t>(i)]);
     const at::Tensor pool_rows = at::tensor(chosen, at::kLong);
@@ -499,8 +513,8 @@ void Run::frozen_gradients(bool sparse, StepRecord& record) {
   record.lm_loss = kNan;
 }
 
-// The language-model loss of `rows` and, in `gradient` ([T, hidden]), its gradient times `scale`; logits exist for a few
-// rows at a time, and the head's own gradient is accumulated on the way.
+// The language-model loss of `rows` and, in `gradient` ([T, hidden]), its gradient times `scale`; logits exist for a
+// few rows at a time, and the head's own gradient is accumulated on the way.
 double Run::backpropagate_language(const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& targets,
                                    double scale, at::Tensor& gradient) const {
   at::Tensor leaf = hidden.detach();
@@ -510,8 +524,8 @@ double Run::backpropagate_language(const at::Tensor& hidden, const at::Tensor& r
   for (std::int64_t begin = 0; begin < count; begin += kLogitRows) {
     const std::int64_t part = std::min(kLogitRows, count - begin);
     const at::Tensor logits = decoder_.logits(leaf.index_select(0, rows.narrow(0, begin, part)));
-    const at::Tensor loss =
-        at::cross_entropy_loss(logits, targets.narrow(0, begin, part), {}, at::Reduction::Sum) / static_cast<double>(count);
+    const at::Tensor loss = at::cross_entropy_loss(logits, targets.narrow(0, begin, part), {}, at::Reduction::Sum) /
+                            static_cast<double>(count);
     (loss * scale).backward();
     sum += loss.item<double>();
   }
@@ -529,7 +543,8 @@ void Run::full_gradients(bool sparse, StepRecord& record) {
     std::vector<std::int64_t> rows;
     std::vector<std::int32_t> cu_seqlens = {0};
     for (std::int64_t b = 0; b < options_.batch; ++b) {
-      const Tokens& window = windows_[window_at((step_ * options_.accumulate + a) * options_.batch + b, windows_.size())].tokens;
+      const Tokens& window =
+          windows_[window_at((step_ * options_.accumulate + a) * options_.batch + b, windows_.size())].tokens;
       for (std::size_t i = 0; i + 1 < window.size(); ++i) rows.push_back(static_cast<std::int64_t>(tokens.size() + i));
       tokens.insert(tokens.end(), window.begin(), window.end());
       cu_seqlens.push_back(static_cast<std::int32_t>(tokens.size()));
@@ -572,8 +587,8 @@ void Run::probe(bool sparse, StepRecord& record) const {
       const at::Tensor rows = at::tensor(window.pool, at::kInt);
       for (std::size_t l = 0; l < layers_.size(); ++l) {
         const CachedWindow::Layer& seen = window.layers[l];
-        meter.add(layers_[l], measure_alignment(decoder_, layers_[l], seen.x.to(dtype), seen.q, seen.k, rows, probe_topk(),
-                                                options_.teacher));
+        meter.add(layers_[l], measure_alignment(decoder_, layers_[l], seen.x.to(dtype), seen.q, seen.k, rows,
+                                                probe_topk(), options_.teacher));
       }
     }
   } else {
@@ -586,8 +601,9 @@ void Run::probe(bool sparse, StepRecord& record) const {
       forward.attention = attention(sparse);
       forward.observer = [&](const LayerView& view) {
         if (without_index() || !decoder_.has_index_branch(view.layer)) return;
-        meter.add(view.layer, measure_alignment(decoder_, view.layer, view.x, view.q.index_select(0, rows.to(at::kLong)),
-                                                view.k, rows, probe_topk(), options_.teacher));
+        meter.add(view.layer,
+                  measure_alignment(decoder_, view.layer, view.x, view.q.index_select(0, rows.to(at::kLong)), view.k,
+                                    rows, probe_topk(), options_.teacher));
       };
       const at::Tensor ids = at::tensor(window, at::kLong);
       const at::Tensor hidden = decoder_.forward(ids, int32_tensor({0, ids.size(0)}), forward).hidden;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Training, both routes of the paper (SPEC section 5): from scratch or from a converted dense checkpoint, in stages: warmup
-// (full attention, KL over the whole prefix) and sparse (selected blocks).
+// Training, both routes of the paper (SPEC section 5): from scratch or from a converted dense checkpoint, in stages:
+// warmup (full attention, KL over the whole prefix) and sparse (selected blocks).
 //
 // Frozen backbone: nothing flows back through the model, so each window runs forward once; what the index sees of each
-// layer (its input x and keys, and the queries of a pool of rows) is kept, and a step is the KL gradient of some rows of
-// one window, layer by layer. Trained backbone: language-model loss + lambda * sum of KL through autograd; an index value
-// head and attention sinks (ablations) learn from the language-model loss, so they move and are frozen with the backbone.
+// layer (its input x and keys, and the queries of a pool of rows) is kept, and a step is the KL gradient of some rows
+// of one window, layer by layer. Trained backbone: language-model loss + lambda * sum of KL through autograd; an index
+// value head and attention sinks (ablations) learn from the language-model loss, so they move and are frozen with the
+// backbone.
 //
 // A step is a pure function of the weights, the optimizer's state and the step number (random numbers come from
 // (seed, stream, step)), so a run that is stopped and resumed gives the same curve bit for bit with the same number of
@@ -36,13 +37,13 @@ struct TrainStage {
 struct TrainOptions {
   std::vector<TrainStage> stages;
   bool freeze_backbone = false;
-  /// kDense and kWindow train without index branch and KL, to compare with: full attention, or in sparse stages the first
-  /// block and the most recent ones at the same budget.
+  /// kDense and kWindow train without index branch and KL, to compare with: full attention, or in sparse stages the
+  /// first block and the most recent ones at the same budget.
   AttentionMode attention = AttentionMode::kSparse;
   bool detach_index = true;  ///< false: the KL reaches the backbone (ablation)
   double lambda = 1.0;
-  double learning_rate = 1e-3;        ///< of the backbone
-  double index_learning_rate = 1e-3;  ///< of the index branch
+  double learning_rate = 1e-3;            ///< of the backbone
+  double index_learning_rate = 1e-3;      ///< of the index branch
   Schedule schedule = Schedule::kCosine;  ///< over all steps of all stages
   std::int64_t warmup_steps = 0;
   double min_factor = 0.0;  ///< of the peak learning rates, at the end
@@ -60,8 +61,8 @@ struct TrainOptions {
   std::int64_t cache_windows = 28;  ///< windows whose activations are kept
   std::int64_t long_windows = 0;  ///< windows of long_context tokens beside them, one long document each where possible
   std::int64_t long_context = 8192;
-  double long_share = 0.2;        ///< of the draws, when there are long windows
-  std::int64_t sparse_cache_windows = 8;  ///< of them run again by a sparse stage, and used in it
+  double long_share = 0.2;                         ///< of the draws, when there are long windows
+  std::int64_t sparse_cache_windows = 8;           ///< of them run again by a sparse stage, and used in it
   std::size_t cache_bytes = std::size_t{4} << 30;  ///< bound of all of it: fewer windows when they would not fit
 
   // What is watched on held-out windows.
@@ -83,9 +84,9 @@ struct StepRecord {
   double kl = 0;          ///< mean over layers; NaN without an index branch
   std::vector<double> layer_kl;
   double learning_rate = 0, index_learning_rate = 0, gradient_norm = 0;
-  std::int64_t tokens = 0;  ///< this step's
-  double seconds = 0;       ///< this step's
-  bool probed = false;      ///< the fields below are set
+  std::int64_t tokens = 0;      ///< this step's
+  double seconds = 0;           ///< this step's
+  bool probed = false;          ///< the fields below are set
   double held_out_lm_loss = 0;  ///< NaN with a frozen backbone
   Alignment held_out;
 };
@@ -103,9 +104,10 @@ struct TrainResult {
   bool finished = false;   ///< false: stopped by should_stop
 };
 
-/// Trains `decoder` in place. `separator` goes between documents (none when negative). The random numbers, the windows and
-/// the options that shape the curve are those of the first start: resuming with others throws msa::Error naming the first
-/// that differs. Throws msa::Error when the loss or a gradient stops being finite, and when there is no text for a window.
+/// Trains `decoder` in place. `separator` goes between documents (none when negative). The random numbers, the windows
+/// and the options that shape the curve are those of the first start: resuming with others throws msa::Error naming the
+/// first that differs. Throws msa::Error when the loss or a gradient stops being finite, and when there is no text for
+/// a window.
 TrainResult train(Decoder& decoder, const Corpus& corpus, const TextTools& tools, std::int64_t separator,
                   const TrainOptions& options, const TrainHooks& hooks);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random numbers of the training code: the same on every machine and standard library, and a pure function of where they
-// are drawn. A generator is made afresh from (seed, stream, index) at each step, so that resuming a run needs no generator
-// state: step 57 draws what step 57 always draws. Tested in tests/unit/model_train.cc.
+// Random numbers of the training code: the same on every machine and standard library, and a pure function of where
+// they are drawn. A generator is made afresh from (seed, stream, index) at each step, so that resuming a run needs no
+// generator state: step 57 draws what step 57 always draws. Tested in tests/unit/model_train.cc.
 #pragma once
 
 #include <algorithm>

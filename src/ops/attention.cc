@@ -87,8 +87,8 @@ void sparse_attention(const Context& context, const SparseAttentionParams& param
       [&] { cpu::sparse_attention(context, resolved, out, lse); });
 }
 
-void sparse_attention_backward(const Context& context, const SparseAttentionParams& params,
-                               const AttentionSaved& saved, const AttentionGrads& grads) {
+void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                               const AttentionGrads& grads) {
   const ops::Validator check("sparse_attention_backward");
   check.check_packed(params.batch);
   const SparseAttentionParams resolved = check_sparse(check, context, params);

@@ -9,12 +9,9 @@ namespace msa {
 
 const char* backend_name(Backend backend) {
   switch (backend) {
-    case Backend::kAuto:
-      return "auto";
-    case Backend::kReference:
-      return "reference";
-    case Backend::kCpu:
-      return "cpu";
+    case Backend::kAuto: return "auto";
+    case Backend::kReference: return "reference";
+    case Backend::kCpu: return "cpu";
   }
   return "unknown";
 }

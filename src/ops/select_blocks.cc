@@ -9,8 +9,8 @@
 namespace msa {
 namespace {
 
-void check_output(const ops::Validator& check, const TensorView& blocks, std::int64_t kv_heads,
-                  std::int64_t query_rows, std::int64_t topk) {
+void check_output(const ops::Validator& check, const TensorView& blocks, std::int64_t kv_heads, std::int64_t query_rows,
+                  std::int64_t topk) {
   check.check_layout("blocks", blocks, 3);
   check.check_dtype("blocks", blocks, DType::kInt32);
   check.check_size("blocks", blocks, 0, kv_heads, "kv_heads");

@@ -77,16 +77,16 @@ void Validator::check_like(const char* name, const ConstTensorView& grad, const 
 void Validator::check_head_dim(const char* name, const ConstTensorView& view, int dim) const {
   const std::int64_t size = view.size(dim);
   if (size < kHeadDimMultiple || size > kMaxHeadDim || size % kHeadDimMultiple != 0) {
-    fail(name, describe(view) + ": head dimension " + text(size) + " must be a multiple of " +
-                   text(kHeadDimMultiple) + " from " + text(kHeadDimMultiple) + " to " + text(kMaxHeadDim));
+    fail(name, describe(view) + ": head dimension " + text(size) + " must be a multiple of " + text(kHeadDimMultiple) +
+                   " from " + text(kHeadDimMultiple) + " to " + text(kMaxHeadDim));
   }
 }
 
 void Validator::check_block_size(std::int64_t block_size) const {
   const bool power_of_two = block_size > 0 && (block_size & (block_size - 1)) == 0;
   if (!power_of_two || block_size < kMinBlockSize || block_size > kMaxBlockSize) {
-    fail("block_size", text(block_size) + " must be a power of two from " + text(kMinBlockSize) + " to " +
-                           text(kMaxBlockSize));
+    fail("block_size",
+         text(block_size) + " must be a power of two from " + text(kMinBlockSize) + " to " + text(kMaxBlockSize));
   }
 }
 
@@ -140,14 +140,15 @@ void Validator::check_batch(const Batch& batch, std::int64_t query_rows, const c
       fail("seqlens_k", "has " + std::to_string(batch.seqlens_k.size()) + " entries; cu_seqlens_q has " +
                             std::to_string(sequences) + " sequences");
     }
-    if (batch.max_pages < 0 ||
-        batch.page_table.size() != sequences * static_cast<std::size_t>(batch.max_pages)) {
-      fail("page_table", "has " + std::to_string(batch.page_table.size()) + " entries; it must be sequences * max_pages = " +
-                             std::to_string(sequences) + " * " + text(batch.max_pages));
+    if (batch.max_pages < 0 || batch.page_table.size() != sequences * static_cast<std::size_t>(batch.max_pages)) {
+      fail("page_table", "has " + std::to_string(batch.page_table.size()) +
+                             " entries; it must be sequences * max_pages = " + std::to_string(sequences) + " * " +
+                             text(batch.max_pages));
     }
     for (std::size_t s = 0; s < sequences; ++s) {
       const std::int64_t length = batch.seqlens_k[s];
-      if (length < 0) fail("seqlens_k", "entry " + std::to_string(s) + " is " + text(length) + "; it must be 0 or more");
+      if (length < 0)
+        fail("seqlens_k", "entry " + std::to_string(s) + " is " + text(length) + "; it must be 0 or more");
       const std::int64_t used = (length + page - 1) / page;
       if (used > batch.max_pages) {
         fail("page_table", "sequence " + std::to_string(s) + " has " + text(length) + " keys, " + text(used) +
@@ -188,7 +189,8 @@ void Validator::check_batch(const Batch& batch, std::int64_t query_rows, const c
       const std::int64_t before = i == 0 ? -1 : core::query_position(batch, sequence, i - 1);
       if (position <= before || position >= sequence.keys) {
         fail("query_positions", "query " + text(i) + " of sequence " + text(s) + " is at " + text(position) +
-                                    "; positions must rise strictly and lie below the " + text(sequence.keys) + " keys");
+                                    "; positions must rise strictly and lie below the " + text(sequence.keys) +
+                                    " keys");
       }
     }
   }
@@ -217,8 +219,8 @@ std::int64_t Validator::check_heads(const ConstTensorView& q, const ConstTensorV
   const std::int64_t query_heads = q.size(1);
   const std::int64_t kv_heads = k.size(k.rank - 2);
   if (kv_heads < 1 || query_heads < 1 || query_heads % kv_heads != 0) {
-    fail("q", describe(q) + ": query_heads = " + text(query_heads) + " must be a positive multiple of kv_heads = " +
-                  text(kv_heads) + " of k");
+    fail("q", describe(q) + ": query_heads = " + text(query_heads) +
+                  " must be a positive multiple of kv_heads = " + text(kv_heads) + " of k");
   }
   check_size("k", k, k.rank - 1, q.size(2), "head_dim of q");
   return kv_heads;
@@ -248,7 +250,9 @@ void Validator::check_blocks(const Context& context, const ConstTensorView& bloc
       bool ended = false;
       for (std::int64_t slot = 0; slot < topk; ++slot) {
         const std::int64_t id = slots[slot];
-        const auto where = [&] { return "entry [" + text(head) + ", " + text(row) + ", " + text(slot) + "] is " + text(id); };
+        const auto where = [&] {
+          return "entry [" + text(head) + ", " + text(row) + ", " + text(slot) + "] is " + text(id);
+        };
         if (id == -1) {
           ended = true;
           continue;

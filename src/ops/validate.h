@@ -51,8 +51,8 @@ class Validator {
                          const ConstTensorView& first, const Batch& batch) const;
   void check_packed(const Batch& batch) const;
   /// Shape of blocks [kv_heads, Tq, topk]; when `ids` also every id: ascending, unique, visible, -1 only behind them.
-  void check_blocks(const Context& context, const ConstTensorView& blocks, const Batch& batch,
-                    std::int64_t kv_heads, std::int64_t query_rows, std::int64_t block_size, bool ids) const;
+  void check_blocks(const Context& context, const ConstTensorView& blocks, const Batch& batch, std::int64_t kv_heads,
+                    std::int64_t query_rows, std::int64_t block_size, bool ids) const;
   /// Main-branch q [Tq, query_heads, head_dim] and its keys: layout, dtypes, heads. Returns kv_heads.
   std::int64_t check_queries_and_keys(const ConstTensorView& q, const ConstTensorView& k, const Batch& batch) const;
   /// q against k (and v): head counts and dims. Returns kv_heads.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators of the reference backend, as the front door (src/ops) calls them: parameters are those of include/msa, already
-// validated, scale defaults filled in. What each one computes stands in the public headers.
+// The operators of the reference backend, as the front door (src/ops) calls them: parameters are those of include/msa,
+// already validated, scale defaults filled in. What each one computes stands in the public headers.
 #pragma once
 
 #include "msa/attention.h"
@@ -15,8 +15,8 @@ void select_blocks_oracle(const Context& context, const OracleBlocksParams& para
 void topk_blocks(const Context& context, const TopkBlocksParams& params, const TensorView& ids);
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
                       const TensorView& lse);
-void sparse_attention_backward(const Context& context, const SparseAttentionParams& params,
-                               const AttentionSaved& saved, const AttentionGrads& grads);
+void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                               const AttentionGrads& grads);
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
                      const TensorView& lse);
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,

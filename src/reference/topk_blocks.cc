@@ -12,7 +12,8 @@ namespace msa::reference {
 
 void topk_blocks(const Context&, const TopkBlocksParams& params, const TensorView& ids) {
   for (std::int64_t row = 0; row < params.scores.size(0); ++row) {
-    const std::byte* scores = params.scores.data + row * params.scores.stride(0) * static_cast<std::int64_t>(sizeof(float));
+    const std::byte* scores =
+        params.scores.data + row * params.scores.stride(0) * static_cast<std::int64_t>(sizeof(float));
     const std::vector<std::int64_t> chosen =
         choose_blocks(read_row(scores, DType::kFloat32, params.scores.size(1)), params.topk, 0, 0);
     for (std::int64_t slot = 0; slot < params.topk; ++slot) {

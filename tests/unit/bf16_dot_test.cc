@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bf16 matrices on every family of instructions this machine has: against sums in double, and a row's result
-// independent of the rows beside it.
+// Products of bf16 matrices on every family of instructions this machine has: against sums in double, and a row's
+// result independent of the rows beside it.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -27,7 +27,8 @@ struct Family {
 
 std::vector<Family> families() {
   std::vector<Family> found;
-  if (detect_dot_products() != DotProducts::kNone) found.push_back({"avx512", DotProducts::kAvx512, multiply_bf16_avx512});
+  if (detect_dot_products() != DotProducts::kNone)
+    found.push_back({"avx512", DotProducts::kAvx512, multiply_bf16_avx512});
   if (detect_dot_products() == DotProducts::kAmx) found.push_back({"amx", DotProducts::kAmx, multiply_bf16_amx});
   return found;
 }
@@ -86,7 +87,8 @@ TEST(Bf16Dot, EqualsTheSumsOfProducts) {
                 sizes += std::abs(x * y);
               }
               // One rounding a pair and one a sum, of sums no larger than the sum of sizes.
-              ASSERT_NEAR(c[static_cast<std::size_t>(i * cols + j)], exact, static_cast<double>(inner) * 0x1p-24 * sizes);
+              ASSERT_NEAR(c[static_cast<std::size_t>(i * cols + j)], exact,
+                          static_cast<double>(inner) * 0x1p-24 * sizes);
             }
           }
           EXPECT_EQ(run(family, a, b, 0, rows, cols, inner, true), c) << "rows in reverse order";

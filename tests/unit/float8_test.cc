@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// float8_e4m3 as the storage of keys, values and index keys: the numbers themselves, and operators that must give bit for
-// bit what they give on the same numbers in a wider type, on every backend and instruction set.
+// float8_e4m3 as the storage of keys, values and index keys: the numbers themselves, and operators that must give bit
+// for bit what they give on the same numbers in a wider type, on every backend and instruction set.
 #include <gtest/gtest.h>
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversion: the closed form against its defining property (one kv head: index scores are the group-mean scores exactly),
-// its recall beside means and random, q/k norms and partial rotary, what is refused, and what lands on disk.
+// Conversion: the closed form against its defining property (one kv head: index scores are the group-mean scores
+// exactly), its recall beside means and random, q/k norms and partial rotary, what is refused, and what lands on disk.
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
@@ -40,7 +40,8 @@ files::ModelConfig dense_config(const Shape& shape) {
           R"(, "mlp_layer_types": ["dense", "dense"], "layer_types": ["full_attention", "full_attention"],
              "dense_intermediate_size": 64, "head_dim": 32, "vocab_size": 300, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": true, "initializer_range": 0.2,
-             "partial_rotary_factor": )" + std::to_string(shape.partial_rotary) + "}",
+             "partial_rotary_factor": )" +
+          std::to_string(shape.partial_rotary) + "}",
       "dense");
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The trainer's parts (random numbers, schedules, AdamW, corpus, retrieval documents, pass keys, budgets) and whole runs on
-// a tiny random model: that the KL falls, and that a stopped and resumed run repeats the uninterrupted one bit for bit.
+// The trainer's parts (random numbers, schedules, AdamW, corpus, retrieval documents, pass keys, budgets) and whole
+// runs on a tiny random model: that the KL falls, and that a stopped and resumed run repeats the uninterrupted one bit
+// for bit.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -33,8 +34,8 @@ class TemporaryDirectory {
  public:
   TemporaryDirectory() {
     static int count = 0;
-    path_ = fs::temp_directory_path() /
-            ("msa_model_train_" + std::to_string(::getpid()) + "_" + std::to_string(count++));
+    path_ =
+        fs::temp_directory_path() / ("msa_model_train_" + std::to_string(::getpid()) + "_" + std::to_string(count++));
     fs::create_directories(path_);
   }
   ~TemporaryDirectory() { fs::remove_all(path_); }
@@ -53,7 +54,8 @@ void write_file(const fs::path& path, const std::string& text) {
 
 std::string prose(std::size_t lines, std::uint64_t seed) {
   Random random(seed);
-  const std::vector<std::string> words = {"the", "model", "reads", "a", "block", "of", "keys", "and", "values", "again"};
+  const std::vector<std::string> words = {"the", "model", "reads", "a",      "block",
+                                          "of",  "keys",  "and",   "values", "again"};
   std::string text;
   for (std::size_t i = 0; i < lines; ++i) {
     for (int w = 0; w < 8; ++w) text += words[static_cast<std::size_t>(random.below(10))] + (w == 7 ? ".\n" : " ");
@@ -68,7 +70,8 @@ files::ModelConfig tiny_config(bool with_index) {
   return files::parse_model_config(R"({"model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
       "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 257,
       "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-      "tie_word_embeddings": true, "initializer_range": 0.15)" + (with_index ? index : "") + "}",
+      "tie_word_embeddings": true, "initializer_range": 0.15)" +
+                                       (with_index ? index : "") + "}",
                                    "tiny");
 }
 
@@ -165,7 +168,10 @@ TEST(AdamW, ClipsByGroupAndRefusesNonFiniteGradients) {
 TEST(Corpus, ReadsTextAndOnlyText) {
   const TemporaryDirectory directory;
   write_file(directory.path() / "a" / "one.txt", prose(200, 1));
-  write_file(directory.path() / "b.bin", std::string("\x7f" "ELF\0\1\2", 7) + prose(200, 2));
+  write_file(directory.path() / "b.bin", std::string("\x7f"
+                                                     "ELF\0\1\2",
+                                                     7) +
+                                             prose(200, 2));
   write_file(directory.path() / "latin1.txt", "caf\xe9 " + prose(200, 3));
   write_file(directory.path() / ".hidden" / "x.txt", prose(200, 4));
   write_file(directory.path() / "module.pm", "package X;\nsub x {}\n=head1 NAME\n\nX does things.\n\n=cut\nsub y {}\n");
@@ -193,7 +199,8 @@ TEST(Corpus, CutsOneFileIntoBothSplits) {
 
 TEST(Corpus, WindowsAreDeterministicExactAndDisjoint) {
   std::vector<std::pair<std::string, std::string>> documents;
-  for (int i = 0; i < 40; ++i) documents.emplace_back("doc" + std::to_string(i), prose(60, 100 + static_cast<std::uint64_t>(i)));
+  for (int i = 0; i < 40; ++i)
+    documents.emplace_back("doc" + std::to_string(i), prose(60, 100 + static_cast<std::uint64_t>(i)));
   const Corpus corpus = Corpus::from_texts(documents);
   const TextTools tools = make_byte_tools();
   const auto first = corpus.windows(tools.encode, Split::kTrain, 128, 50, 9, 256);
@@ -381,7 +388,8 @@ Curve run_training(const Corpus& corpus, TrainOptions options, std::int64_t stop
 
 Corpus tiny_corpus() {
   std::vector<std::pair<std::string, std::string>> documents;
-  for (int i = 0; i < 30; ++i) documents.emplace_back("doc" + std::to_string(i), prose(40, 700 + static_cast<std::uint64_t>(i)));
+  for (int i = 0; i < 30; ++i)
+    documents.emplace_back("doc" + std::to_string(i), prose(40, 700 + static_cast<std::uint64_t>(i)));
   return Corpus::from_texts(documents);
 }
 
@@ -500,8 +508,8 @@ TEST(Train, FromScratchSparseFollowsDense) {
   EXPECT_NEAR(last[0], last[1], 0.25);
 }
 
-// Each ablation that learns from the language-model loss, alone and together: trained from scratch, every parameter moves, and
-// a run that was stopped gives the same weights as one that was not.
+// Each ablation that learns from the language-model loss, alone and together: trained from scratch, every parameter
+// moves, and a run that was stopped gives the same weights as one that was not.
 TEST(Train, AblationsFromScratchMoveAndResume) {
   const Corpus corpus = tiny_corpus();
   for (const auto& [value_dim, sink] : std::vector<std::pair<int, bool>>{{16, false}, {0, true}, {32, true}}) {

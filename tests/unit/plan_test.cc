@@ -491,8 +491,9 @@ TEST(Plans, OfScreenedSelectionShareWhatFits) {
   const SelectionPlan longer = plan_selection("select_blocks", shape, 2, 0);
   EXPECT_LT(longer.shared_blocks, shape.screen_blocks);
   EXPECT_LE(longer.total_bytes(), std::size_t{64} << 20);
-  expect_limit_kept("select_blocks",
-                    [&](int threads, std::size_t limit) { return plan_selection("select_blocks", shape, threads, limit); });
+  expect_limit_kept("select_blocks", [&](int threads, std::size_t limit) {
+    return plan_selection("select_blocks", shape, threads, limit);
+  });
   for (std::size_t limit = std::size_t{1} << 20; limit <= longer.total_bytes(); limit += limit / 4) {
     EXPECT_LE(plan_selection("select_blocks", shape, 2, limit).total_bytes(), limit);
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Screened selection against the unscreened one, which it must equal bit for bit on any input: random shapes, and inputs made
-// to break an error bound (outlier channels, ties, ranges far below the rounding, subnormals, NaN, infinities, huge values).
-// Also the int8 products against their definition, and the running top-k against sorting.
+// Screened selection against the unscreened one, which it must equal bit for bit on any input: random shapes, and
+// inputs made to break an error bound (outlier channels, ties, ranges far below the rounding, subnormals, NaN,
+// infinities, huge values). Also the int8 products against their definition, and the running top-k against sorting.
 #include "src/cpu/screen.h"
 
 #include <gtest/gtest.h>
@@ -57,13 +57,13 @@ void expect_screening_changes_nothing(const SelectBlocksParams& params) {
 // What tokens are made of.
 enum class Kind {
   kNormal,
-  kIntegers,         // ties everywhere
-  kOutlierChannel,   // one channel swamps the int8 range of keys
-  kOutlierInBoth,    // of keys and queries
-  kBias,             // a constant in every key that dwarfs the differences
-  kAlmostEqual,      // keys that differ in their last bits
-  kEqualBlocks,      // every block the same
-  kZeros,            // of both signs
+  kIntegers,        // ties everywhere
+  kOutlierChannel,  // one channel swamps the int8 range of keys
+  kOutlierInBoth,   // of keys and queries
+  kBias,            // a constant in every key that dwarfs the differences
+  kAlmostEqual,     // keys that differ in their last bits
+  kEqualBlocks,     // every block the same
+  kZeros,           // of both signs
   kSubnormal,
   kTiny,             // products that underflow
   kHuge,             // sums that overflow float
@@ -72,8 +72,8 @@ enum class Kind {
   kNanTokens,
   kInfiniteTokens,
   kNanQueries,
-  kSinks,            // few blocks far above the others
-  kSparse,           // mostly zeros
+  kSinks,   // few blocks far above the others
+  kSparse,  // mostly zeros
 };
 constexpr int kKinds = static_cast<int>(Kind::kSparse) + 1;
 
@@ -98,8 +98,7 @@ void fill(Problem& problem, Kind kind, Random& random) {
   each(q, draw);
   each(k, draw);
   switch (kind) {
-    case Kind::kNormal:
-      break;
+    case Kind::kNormal: break;
     case Kind::kIntegers:
       q.fill_integers(random, 2);
       k.fill_integers(random, 2);
@@ -125,12 +124,11 @@ void fill(Problem& problem, Kind kind, Random& random) {
         for (std::int64_t d = 0; d < k.size(1); ++d) k.set(k.at(i - block_size, d), i, d);
       }
       break;
-    case Kind::kZeros:
-      each(k, [&](std::int64_t, std::int64_t) { return some(2) ? 0.0 : -0.0; });
-      break;
+    case Kind::kZeros: each(k, [&](std::int64_t, std::int64_t) { return some(2) ? 0.0 : -0.0; }); break;
     case Kind::kSubnormal:
       // Few of them: processors take a hundred cycles for each.
-      each(k, [&](std::int64_t, std::int64_t) { return some(100) ? static_cast<double>(random() % 9) * 0x1p-149 : 0.0; });
+      each(k,
+           [&](std::int64_t, std::int64_t) { return some(100) ? static_cast<double>(random() % 9) * 0x1p-149 : 0.0; });
       break;
     case Kind::kTiny:
       each(k, [&](std::int64_t, std::int64_t) { return normal(random) * 0x1p-39; });
@@ -158,7 +156,9 @@ void fill(Problem& problem, Kind kind, Random& random) {
       });
       break;
     case Kind::kNanQueries:
-      each(q, [&](std::int64_t i, std::int64_t) { return i % 3 == 0 && some(30) ? (some(2) ? kNaN : kInfinity) : normal(random); });
+      each(q, [&](std::int64_t i, std::int64_t) {
+        return i % 3 == 0 && some(30) ? (some(2) ? kNaN : kInfinity) : normal(random);
+      });
       break;
     case Kind::kSinks:
       each(k, [&](std::int64_t i, std::int64_t) { return normal(random) * (i / block_size % 9 == 4 ? 40 : 1); });
@@ -189,9 +189,9 @@ TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
                  {pick({1, 5}), 5 + c.geometry.block_size * 40},
                  {pick({33, 65}), 65 + c.geometry.block_size * pick({3, 30})}};
     c.index_dtype = std::vector<DType>{DType::kFloat32, DType::kBFloat16, DType::kFloat16}[random() % 3];
-    if (c.index_dtype == DType::kFloat16) c.index_dtype = kind >= Kind::kSubnormal && kind <= Kind::kScales
-                                                              ? DType::kFloat32  // no such values in float16
-                                                              : DType::kFloat16;
+    if (c.index_dtype == DType::kFloat16)
+      c.index_dtype = kind >= Kind::kSubnormal && kind <= Kind::kScales ? DType::kFloat32  // no such values in float16
+                                                                        : DType::kFloat16;
     c.padding_rows = pick({0, 3});
     c.dtype = c.index_dtype;
     Problem problem(c);
@@ -207,7 +207,8 @@ TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
 }
 
 TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
-  // Long enough for several prunings and for rows that are given up on the way, which the second half of the keys causes.
+  // Long enough for several prunings and for rows that are given up on the way, which the second half of the keys
+  // causes.
   for (const auto& [dim, block_size, topk] :
        std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{{64, 16, 4}, {32, 16, 64}, {128, 32, 16}}) {
     Problem problem(Case{{3, 3, 16, 16, dim, block_size, topk}, {{44, block_size * 420 + 3}}});
@@ -268,7 +269,8 @@ TEST(Int8Dot, EqualsItsDefinition) {
   };
   std::vector<Kernel> kernels;
 #if defined(__x86_64__)
-  if (cpu::detect_dot_products() != cpu::DotProducts::kNone) kernels.push_back({"avx512", cpu::int8_block_max_avx512, 4});
+  if (cpu::detect_dot_products() != cpu::DotProducts::kNone)
+    kernels.push_back({"avx512", cpu::int8_block_max_avx512, 4});
   if (cpu::detect_dot_products() == cpu::DotProducts::kAmx) kernels.push_back({"amx", cpu::int8_block_max_amx, 64});
 #endif
   if (kernels.empty()) GTEST_SKIP() << "this machine has no int8 dot products";
@@ -281,7 +283,8 @@ TEST(Int8Dot, EqualsItsDefinition) {
         for (const bool extreme : {false, true}) {
           for (auto& key : keys) key = static_cast<std::uint8_t>(extreme ? 255 : 1 + random() % 255);
           for (std::size_t i = 0; i < rows.size(); ++i) {
-            rows[i] = static_cast<std::int8_t>(extreme ? (i % 2 == 0 ? 127 : -127) : static_cast<int>(random() % 255) - 127);
+            rows[i] =
+                static_cast<std::int8_t>(extreme ? (i % 2 == 0 ? 127 : -127) : static_cast<int>(random() % 255) - 127);
           }
           std::vector<std::int32_t> expected(static_cast<std::size_t>(groups * 16), -1);
           cpu::int8_block_max_portable(keys.data(), key_count, dim, rows.data(), groups, expected.data());

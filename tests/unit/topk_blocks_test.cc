@@ -94,19 +94,22 @@ const std::vector<Pattern> kPatterns = {
     {"all +inf", [](Random&, auto, auto) { return kInfinity; }},
     {"zeros of both signs", [](Random& random, auto, auto) { return random() % 2 != 0 ? 0.0 : -0.0; }},
     {"zeros and subnormals",
-     [](Random& random, auto, auto) { return Row{0.0, -0.0, kLeast, -kLeast, 2 * kLeast}[random() % 5]; }},
+     [](Random& random, auto, auto) {
+       return Row{0.0, -0.0, kLeast, -kLeast, 2 * kLeast}[random() % 5];
+     }},
     {"mostly NaN", [](Random& random, auto, auto) { return random() % 16 != 0 ? kNaN : uniform(random); }},
     {"some NaN", [](Random& random, auto, auto) { return random() % 4 == 0 ? kNaN : uniform(random); }},
     {"NaN, infinities and ties",
-     [](Random& random, auto, auto) { return Row{kNaN, -kInfinity, kInfinity, 1, -1}[random() % 5]; }},
+     [](Random& random, auto, auto) {
+       return Row{kNaN, -kInfinity, kInfinity, 1, -1}[random() % 5];
+     }},
     {"-inf and NaN", [](Random& random, auto, auto) { return random() % 2 != 0 ? -kInfinity : kNaN; }},
     {"one number at the end", [](Random&, auto b, auto blocks) { return b == blocks - 1 ? -5.0 : kNaN; }},
     // All that counts in one lane of 16: the bound is low, and what reaches it overflows the buffer.
     {"one lane ascending", [](Random&, auto b, auto) { return b % 16 == 5 ? 1000.0 + static_cast<double>(b) : -1.0; }},
     {"fifteen lanes ascending",
      [](Random&, auto b, auto) { return b % 16 == 5 ? -1.0 : 1000.0 + static_cast<double>(b); }},
-    {"fifteen lanes descending",
-     [](Random&, auto b, auto) { return b % 16 == 5 ? -1e6 : -static_cast<double>(b); }},
+    {"fifteen lanes descending", [](Random&, auto b, auto) { return b % 16 == 5 ? -1e6 : -static_cast<double>(b); }},
     {"one lane NaN", [](Random&, auto b, auto) { return b % 16 == 3 ? kNaN : static_cast<double>(b % 7); }},
     // A tie at the border of the selection, before, between and behind higher scores.
     {"few above a tie", [](Random& random, auto, auto) { return random() % 32 == 0 ? 1 + uniform(random) : -2.0; }},
@@ -195,7 +198,8 @@ TEST(TopkBlocks, NoRowsAndNoBlocks) {
 TEST(TopkBlocks, RefusesBadInput) {
   const Tensor scores(DType::kFloat32, {3, 40});
   Tensor ids(DType::kInt32, {3, 4});
-  const auto refuse = [&](const std::string& argument, const std::function<void(TopkBlocksParams&, TensorView&)>& change) {
+  const auto refuse = [&](const std::string& argument,
+                          const std::function<void(TopkBlocksParams&, TensorView&)>& change) {
     TopkBlocksParams params{.scores = scores.view(), .topk = 4};
     TensorView out = ids.view();
     change(params, out);

@@ -114,7 +114,8 @@ struct BackwardCall {
   Problem problem = make_problem();
   SparseAttentionParams params = problem.sparse_params();
   DenseAttentionParams dense_params = problem.dense_params();
-  AttentionResult forward{Tensor(DType::kFloat32, {8, 4, 48}), Tensor(DType::kFloat32, {8, 4})};  // contents do not matter
+  AttentionResult forward{Tensor(DType::kFloat32, {8, 4, 48}),
+                          Tensor(DType::kFloat32, {8, 4})};  // contents do not matter
   Tensor dout = make_dout(problem);
   Tensor dlse = make_dlse(problem);
   AttentionSaved saved{forward.out.view(), forward.lse.view(), dout.view(), dlse.view()};
