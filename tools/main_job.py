@@ -29,8 +29,12 @@ CONVERT_FLAGS = ["--calibrate"]
 TRAIN_FLAGS = ["--steps", "200,12", "--cache-windows", "8", "--long-windows", "4", "--long-share", "0.6",
                "--sparse-cache-windows", "3", "--retrieval-share", "0.5", "--cache-mib", "6144", "--probe-every", "40"]
 
-# Evaluation windows by the seconds that training took, so that a slower machine ends within a quarter of an hour too.
-WINDOWS_BY_TRAINING = [(205, 3), (245, 2)]
+# A machine that is clearly slower (by the seconds that conversion took) trains less, and evaluation takes as many windows
+# as the seconds of training leave room for: the whole is to end within a quarter of an hour.
+SLOW_CONVERSION = 30
+SLOW_TRAIN_FLAGS = ["--steps", "160,12", "--cache-windows", "4", "--long-windows", "3", "--long-share", "0.7",
+                    "--sparse-cache-windows", "2", "--retrieval-share", "0.5", "--cache-mib", "6144", "--probe-every", "40"]
+WINDOWS_BY_TRAINING = [(235, 3), (275, 2)]
 
 # What the long document is made of by default: a licence text, which every Debian machine has.
 DOCUMENT_SOURCES = [pathlib.Path("/usr/share/common-licenses/GPL-3")]
@@ -162,14 +166,17 @@ def run_steps(job, options):
              [msa, "convert", "--from", base, "--out", initial, "--block-size", options.block_size, "--topk", options.topk,
               "--force", "--json", *(["--calibration-data", options.data] if options.data else []), *CONVERT_FLAGS],
              ["msa-untrained/config.json"])
+    is_slow = job.records["convert"]["seconds"] > SLOW_CONVERSION
+    train_flags = options.train_flags or (SLOW_TRAIN_FLAGS if is_slow else TRAIN_FLAGS)
     job.step("train", "Train the index branch: warmup, then sparse; the backbone is frozen",
              [msa, "train", "--model", initial, "--out", model, "--stage", "warmup,sparse", "--freeze-backbone", "--json",
-              *data, *options.train_flags],
+              *data, *train_flags],
              ["msa/config.json"])
     if not job.result("train")["finished"]:
         job.forget("train")
         raise KeyboardInterrupt
-    windows = options.windows or next((n for limit, n in WINDOWS_BY_TRAINING if job.records["train"]["seconds"] <= limit), 1)
+    fitting = [n for limit, n in WINDOWS_BY_TRAINING if job.records["train"]["seconds"] <= limit and not is_slow]
+    windows = options.windows or max(fitting, default=1)
     job.step("eval", f"Evaluate at {options.context} tokens: dense, MSA at 1/4 and 1/8, and two baselines at 1/8",
              [msa, "eval", "--model", model, "--baseline", initial, "--context", options.context, "--windows", windows,
               "--attention", "dense,sparse@1/4,sparse@1/8,window@1/8,oracle@1/8", "--maps", out / "maps.json",
@@ -259,7 +266,7 @@ def parse_options():
     parser.add_argument("--trials", type=int, default=10, help="passkey trials a length")
     parser.add_argument("--document-characters", type=int, default=16000)
     parser.add_argument("--map-layers", default="0,7,15,23", help="layers whose selections the report shows")
-    parser.add_argument("--train-flags", type=str.split, default=TRAIN_FLAGS,
+    parser.add_argument("--train-flags", type=str.split,
                         help="flags of msa train in place of the job's own, one string")
     options = parser.parse_args()
     if options.data and not pathlib.Path(options.data).exists():
