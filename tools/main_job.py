@@ -204,6 +204,7 @@ def collect(job, options):
     speed |= {key: value for key, value in passkey["tokens_per_second"].items() if key.startswith("decode_")}
     attention = {f"prefill_{key}": evaluation["modes"][mode]["attention_ms_per_token"]
                  for key, mode in (("dense", "dense"), ("sparse", "sparse@1/8"))}
+    attention |= passkey["attention_ms_per_token"]
     return {
         "model": "SmolLM2-135M-Instruct" if not options.model else options.model.name,
         "context": options.context,

@@ -9,11 +9,11 @@
 //    "recalls": {"sparse@1/8": {"block", "score", "kl", "layer_block": [], "layer_score": [], "layer_kl": [],
 //                               "untrained": {...}}, ...}}
 // and with --tasks
-//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...}, "found": {"passkey": {"dense": {"2048": mean
-//   share of
-//    what had to be in the answer}}}, "tokens_per_second": {"prefill_dense", "decode_dense", ...}, "trials":
-//    {"passkey":
-//    {"dense": [{"length", "depth", "key", "answers": [], "answer", "hit", "found"}, ...]}}, "seconds"}.
+//   {"model", "passkey": {"dense": {"2048": [hits, trials], ...}, ...},
+//    "found": {"passkey": {"dense": {"2048": mean share of what had to be in the answer}}},
+//    "tokens_per_second": {"prefill_dense", "decode_dense", ...}, "attention_ms_per_token": {"decode_dense", ...},
+//    "trials": {"passkey": {"dense": [{"length", "depth", "key", "answers": [], "answer", "hit", "found"}, ...]}},
+//    "seconds"}.
 // --maps writes {"maps": [{"layer", "group", "block_size", "topk", "rows": [[share of the queries of a block that chose
 // key block, ...], ...]}]}. Tested in tests/python/test_train.py.
 #include <fmt/format.h>
@@ -214,6 +214,8 @@ Json evaluate_tasks(const EvalFlags& flags, const model::Decoder& decoder, const
           number(static_cast<double>(run.computed_tokens) / run.prefill_seconds);
       report["tokens_per_second"]["decode_" + mode.name] =
           number(static_cast<double>(run.generated_tokens) / run.decode_seconds);
+      report["attention_ms_per_token"]["decode_" + mode.name] =
+          number(1e3 * run.decode_attention_seconds / static_cast<double>(run.decode_passes));
       report["prompt_tokens"][mode.name] = {{"total", run.prompt_tokens}, {"computed", run.computed_tokens}};
       Json& details = report["trials"][name][mode.name];
       for (std::size_t i = 0; i < trials.size(); ++i) {

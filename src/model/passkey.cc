@@ -302,7 +302,10 @@ TrialRun run_trials(const Decoder& decoder, const std::vector<Trial>& trials, co
       if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) != options.stop_tokens.end()) break;
       answer.push_back(token);
       if (static_cast<std::int64_t>(answer.size()) == options.max_answer) break;
-      last_hidden = decoder.forward_cached(at::tensor({token}, at::kLong), cache, sequence, forward).hidden;
+      const ForwardResult pass = decoder.forward_cached(at::tensor({token}, at::kLong), cache, sequence, forward);
+      last_hidden = pass.hidden;
+      ++run.decode_passes;
+      run.decode_attention_seconds += pass.seconds.selection + pass.seconds.attention;
     }
     run.decode_seconds += decode.seconds();
     run.generated_tokens += static_cast<std::int64_t>(answer.size());

@@ -51,6 +51,8 @@ struct TrialRun {
   std::int64_t computed_tokens = 0;  ///< of them run through the model; the others were in the cache
   std::int64_t generated_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;
+  std::int64_t decode_passes = 0;       ///< forward passes of one token
+  double decode_attention_seconds = 0;  ///< selection and attention in them
   struct Tally {
     std::int64_t hits = 0, trials = 0;
     double found = 0;  ///< sum of the shares found
