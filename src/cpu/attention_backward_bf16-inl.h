@@ -291,7 +291,7 @@ class Bf16ChunkBackward {
         const bool is_row = r + i < rows;
         const RowTerms terms = is_row ? terms_[tile_rows_[first + r + i]] : RowTerms();
         pair[i].visible = is_row ? lists_.visible_keys(members[(first + r + i) / shape_.group_size], block) : 0;
-        pair[i].shift = _mm512_set1_ps(terms.shift * kLog2E);
+        pair[i].shift = _mm512_set1_ps(terms.shift);
         pair[i].mean = _mm512_set1_ps(terms.mean - terms.lse_grad);
       }
       differentiate_pair(pair, r, first + r, most);
@@ -300,7 +300,7 @@ class Bf16ChunkBackward {
 
   struct Row {
     std::int64_t visible;
-    __m512 shift;  // lse, as a power of two
+    __m512 shift;  // lse
     __m512 mean;   // <dout, out> - dlse
   };
   struct Gradient {
@@ -309,9 +309,9 @@ class Bf16ChunkBackward {
   };
 
   // Sixteen keys from j on of row r of scores_ and grads_.
-  HWY_ATTR Gradient differentiate(const Row& row, std::int64_t r, std::int64_t j, __m512 factor) const {
+  HWY_ATTR Gradient differentiate(const Row& row, std::int64_t r, std::int64_t j, __m512 scale) const {
     const __m512i half = _mm512_set1_epi32(0x8000);
-    __m512 p = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(scores_ + r * score_stride_ + j), factor, row.shift));
+    __m512 p = shifted_exp(_mm512_loadu_ps(scores_ + r * score_stride_ + j), scale, row.shift);
     __m512 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(grads_ + r * score_stride_ + j), row.mean));
     if (j + 16 > row.visible) {
       const std::int64_t left = std::max<std::int64_t>(row.visible - j, 0);
@@ -326,7 +326,7 @@ class Bf16ChunkBackward {
   HWY_ATTR void differentiate_pair(const Row* pair, std::int64_t r, std::int64_t tile_row, std::int64_t most) {
     const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    const __m512 factor = _mm512_set1_ps(problem_.scale * kLog2E);
+    const __m512 scale = _mm512_set1_ps(problem_.scale);
     std::uint16_t* rows = gradient_rows_ + tile_row * gradient_stride_;
     std::uint16_t* gradient_pairs = gradient_pairs_ + tile_row / 2 * key_pair_stride_;
     std::uint16_t* probability_pairs = probability_pairs_ + tile_row / 2 * key_pair_stride_;
@@ -334,10 +334,10 @@ class Bf16ChunkBackward {
       return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), other);
     };
     for (std::int64_t j = 0; j < padded_inner(most); j += 32) {
-      const Gradient a0 = differentiate(pair[0], r, j, factor);
-      const Gradient b0 = differentiate(pair[1], r + 1, j, factor);
-      const Gradient a1 = differentiate(pair[0], r, j + 16, factor);
-      const Gradient b1 = differentiate(pair[1], r + 1, j + 16, factor);
+      const Gradient a0 = differentiate(pair[0], r, j, scale);
+      const Gradient b0 = differentiate(pair[1], r + 1, j, scale);
+      const Gradient a1 = differentiate(pair[0], r, j + 16, scale);
+      const Gradient b1 = differentiate(pair[1], r + 1, j + 16, scale);
       _mm512_storeu_si512(rows + j, _mm512_permutex2var_epi16(a0.ds, odd, a1.ds));
       _mm512_storeu_si512(rows + gradient_stride_ + j, _mm512_permutex2var_epi16(b0.ds, odd, b1.ds));
       _mm512_storeu_si512(gradient_pairs + 2 * j, side_by_side(a0.ds, b0.ds));
@@ -379,8 +379,6 @@ class Bf16ChunkBackward {
     add(shape_.head_dim, queries_t_, gradient_pairs_, part);
     add(shape_.value_dim, out_grads_t_, probability_pairs_, part + shape_.block_size * shape_.head_dim);
   }
-
-  static constexpr float kLog2E = 1.44269504f;
 
   const BackwardProblem& problem_;
   const AttentionShape& shape_;

@@ -141,6 +141,13 @@ inline HWY_ATTR __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
 }
 
+/// e^(score * scale - shift). The product is rounded before the subtraction, as where maxima and lse were found: what
+/// is largest gives exactly 1 however large the scores.
+inline HWY_ATTR __m512 shifted_exp(__m512 score, __m512 scale, __m512 shift) {
+  const __m512 x = _mm512_sub_ps(_mm512_mul_ps(score, scale), shift);
+  return exp2_lanes(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
+}
+
 /// The high halves of two vectors after rounding, as bf16, ties away from zero: for probabilities, which are never so
 /// large that the rounding could overflow. NaN may lose its meaning: the row's sum keeps it.
 inline HWY_ATTR __m512i round_to_bf16(__m512 first, __m512 second) {
@@ -246,7 +253,7 @@ class Bf16ChunkAttention {
         }
         // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
         row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
-                             : static_cast<float>((largest_[r] + std::log2(static_cast<double>(total))) * kLn2);
+                             : static_cast<float>(largest_[r] + std::log(static_cast<double>(total)));
       }
       store_row(sum, shape.value_dim, input_.out.dtype,
                 input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * 2);
@@ -255,16 +262,14 @@ class Bf16ChunkAttention {
   }
 
  private:
-  static constexpr double kLn2 = 0.6931471805599453;
-
   void clear_value(std::int64_t key) {
     std::uint16_t* pair = values_ + key / 2 * value_stride_ + key % 2;
     for (std::int64_t e = 0; e < input_.shape.value_dim; ++e) pair[2 * e] = 0;
   }
 
-  // Largest of row[0, count) * factor, NaN left out; the row is at least one vector long.
-  static HWY_ATTR float largest_product(const float* HWY_RESTRICT row, std::int64_t count, float factor) {
-    const __m512 f = _mm512_set1_ps(factor);
+  // Largest of row[0, count) * scale, NaN left out; the row is at least one vector long.
+  static HWY_ATTR float largest_product(const float* HWY_RESTRICT row, std::int64_t count, float scale) {
+    const __m512 f = _mm512_set1_ps(scale);
     // max(x, best) gives `best` where x is NaN.
     __m512 best = _mm512_set1_ps(kNegativeInfinity);
     __m512 second = best;
@@ -280,28 +285,28 @@ class Bf16ChunkAttention {
     return _mm512_reduce_max_ps(_mm512_max_ps(second, best));
   }
 
-  // out[0, count) = 2^(row * factor - shift) as bf16, zeros behind up to `padded`; returns the sum before the rounding.
+  // out[0, count) = e^(row * scale - shift) as bf16, zeros behind up to `padded`; returns the sum before the rounding.
   static HWY_ATTR float probabilities_and_sum(const float* HWY_RESTRICT row, std::int64_t count, std::int64_t padded,
-                                              float factor, float shift, std::uint16_t* HWY_RESTRICT out) {
-    const __m512 f = _mm512_set1_ps(factor);
+                                              float scale, float shift, std::uint16_t* HWY_RESTRICT out) {
+    const __m512 f = _mm512_set1_ps(scale);
     const __m512 s = _mm512_set1_ps(shift);
     __m512 sum = _mm512_setzero_ps();
     __m512 second_sum = sum;
     std::int64_t j = 0;
     for (; j + 32 <= count; j += 32) {
-      const __m512 first = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), f, s));
-      const __m512 second = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j + 16), f, s));
+      const __m512 first = shifted_exp(_mm512_loadu_ps(row + j), f, s);
+      const __m512 second = shifted_exp(_mm512_loadu_ps(row + j + 16), f, s);
       sum = _mm512_add_ps(sum, first);
       second_sum = _mm512_add_ps(second_sum, second);
       _mm512_storeu_si512(out + j, round_to_bf16(first, second));
     }
     if (j < count) {
       const std::uint32_t left = (std::uint32_t{1} << (count - j)) - 1;  // fewer than 32
-      const __m512 first = _mm512_maskz_mov_ps(static_cast<__mmask16>(left),
-                                               exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), f, s)));
+      const __m512 first =
+          _mm512_maskz_mov_ps(static_cast<__mmask16>(left), shifted_exp(_mm512_loadu_ps(row + j), f, s));
       const auto high = static_cast<__mmask16>(left >> 16);
       const __m512 tail = high != 0 ? _mm512_loadu_ps(row + j + 16) : _mm512_setzero_ps();
-      const __m512 second = _mm512_maskz_mov_ps(high, exp2_lanes(_mm512_fmsub_ps(tail, f, s)));
+      const __m512 second = _mm512_maskz_mov_ps(high, shifted_exp(tail, f, s));
       sum = _mm512_add_ps(sum, first);
       second_sum = _mm512_add_ps(second_sum, second);
       _mm512_storeu_si512(out + j, round_to_bf16(first, second));
@@ -344,21 +349,21 @@ class Bf16ChunkAttention {
     product.c_stride = score_stride_;
     input_.multiply_bf16(product);
 
-    const float factor = input_.scale * static_cast<float>(1 / kLn2);  // powers of two from here on
     const std::int64_t padded_keys = padded_inner(block_keys);
     for (std::int64_t r = 0; r < rows; ++r) {
       const float* row = scores_ + r * score_stride_;
       float& largest = largest_[row_index[r]];
       float& total = totals_[row_index[r]];
       const float before = largest;
-      largest = std::max(before, largest_product(row, row_visible[r], factor));
+      largest = std::max(before, largest_product(row, row_visible[r], input_.scale));
       const float shift = softmax_shift(largest);
       row_factor[r] = 1;
       if (largest != before) {  // what was summed so far was relative to the old maximum
-        row_factor[r] = _mm512_cvtss_f32(exp2_lanes(_mm512_set1_ps(before - shift)));
+        row_factor[r] =
+            _mm512_cvtss_f32(shifted_exp(_mm512_set1_ps(before), _mm512_set1_ps(1.0f), _mm512_set1_ps(shift)));
         total *= row_factor[r];
       }
-      total += probabilities_and_sum(row, row_visible[r], padded_keys, factor, shift,
+      total += probabilities_and_sum(row, row_visible[r], padded_keys, input_.scale, shift,
                                      probabilities_ + r * probability_stride_);
     }
 

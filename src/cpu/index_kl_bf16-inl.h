@@ -30,8 +30,6 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-inline constexpr float kLog2E = 1.44269504f;
-
 /// Copies `heads` rows of a query, zeros behind the last dimension up to padded_inner.
 inline HWY_ATTR void copy_bf16_rows(const ConstTensorView& q, std::int64_t row, std::int64_t first_head,
                                     std::int64_t heads, std::uint16_t* out) {
@@ -72,12 +70,11 @@ inline HWY_ATTR void exponentiate_row(const float* HWY_RESTRICT row, std::int64_
     best = _mm512_mask_max_ps(best, mask, _mm512_mul_ps(_mm512_loadu_ps(row + j), s), best);
   }
   largest = _mm512_reduce_max_ps(best);
-  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
-  const __m512 shift = _mm512_set1_ps(softmax_shift(largest) * kLog2E);
+  const __m512 shift = _mm512_set1_ps(softmax_shift(largest));
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t j = 0; j < count; j += 16) {
     const auto mask = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1);
-    const __m512 p = _mm512_maskz_mov_ps(mask, exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, shift)));
+    const __m512 p = _mm512_maskz_mov_ps(mask, shifted_exp(_mm512_loadu_ps(row + j), s, shift));
     _mm512_storeu_ps(out + j, p);
     sum = _mm512_add_ps(sum, p);
   }
@@ -90,10 +87,9 @@ HWY_ATTR void subtract_distributions_bf16(const float* scores, std::int64_t stri
                                           std::int64_t heads, float scale, float norm, float index_scale,
                                           float index_lse, std::int64_t visible, std::int64_t columns,
                                           float* index_row) {
-  const __m512 factor = _mm512_set1_ps(scale * kLog2E);
+  const __m512 s = _mm512_set1_ps(scale);
   const auto probability = [&](std::int64_t h, std::int64_t j) HWY_ATTR {
-    const __m512 shift = _mm512_set1_ps(lse[h] * kLog2E);
-    return exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(scores + h * stride + j), factor, shift));
+    return shifted_exp(_mm512_loadu_ps(scores + h * stride + j), s, _mm512_set1_ps(lse[h]));
   };
   for (std::int64_t j = 0; j < columns; j += 16) {
     __m512 mass = probability(0, j);

@@ -218,5 +218,35 @@ TEST(SparseAttentionReference, GradientEqualsFiniteDifferences) {
   expect_gradient_of(loss, problem.v, grads.dv, "v");
 }
 
+// A key alone has probability 1 however large its score: what is subtracted must be rounded as the score was.
+TEST(SparseAttentionRules, AHugeScoreAloneIsCertain) {
+  for (const DType dtype : kFloatTypes) {
+    for (const double size : {152.0, 608.0, 24576.0}) {
+      Problem problem(Case{{4, 2, 128, 64, 16, 16, 1}, {{1, 1}, {1, 1}}, dtype});
+      problem.q.fill(size);
+      problem.k.fill(size);
+      const Tensor dout = make_dout(problem);
+      for_each_target(Targets::kCpu, [&](const Context& context) {
+        const AttentionResult got = run_sparse(context, problem.sparse_params());
+        const AttentionGradients grads = run_sparse_backward(context, problem.sparse_params(), got, dout, nullptr);
+        for (std::int64_t t = 0; t < 2; ++t) {
+          for (std::int64_t h = 0; h < 4; ++h) {
+            for (std::int64_t e = 0; e < 64; ++e) {
+              ASSERT_EQ(got.out.at(t, h, e), problem.v.at(t, h / 2, e)) << name_of(dtype) << " " << size;
+            }
+          }
+          for (std::int64_t g = 0; g < 2; ++g) {
+            for (std::int64_t e = 0; e < 64; ++e) {
+              const double exact = dout.at(t, 2 * g, e) + dout.at(t, 2 * g + 1, e);
+              ASSERT_NEAR(grads.dv.at(t, g, e), exact, 0x1p-7 * std::abs(exact) + 1e-6)
+                  << name_of(dtype) << " " << size;
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace msa::testing
