@@ -5,13 +5,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "apps/msa/commands.h"
+#include "apps/msa/interrupt.h"
 #include "bench/op_bench.h"
 #include "bench/plot.h"
 #include "msa/error.h"
@@ -25,26 +25,6 @@ struct BenchFlags {
   std::string plot;
   bool json = false;
 };
-
-// The first interrupt ends the run after the measurement that is under way, a second one ends the program.
-volatile std::sig_atomic_t interrupted = 0;
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = 0;
-    previous_ = std::signal(SIGINT, [](int) {
-      interrupted = 1;
-      std::signal(SIGINT, SIG_DFL);
-    });
-  }
-  ~InterruptGuard() { std::signal(SIGINT, previous_); }
-  InterruptGuard(const InterruptGuard&) = delete;
-  InterruptGuard& operator=(const InterruptGuard&) = delete;
-
- private:
-  void (*previous_)(int) = SIG_DFL;
-};
-constexpr int kInterruptedStatus = 128 + SIGINT;
 
 void print_json(const bench::OpBenchOptions& options, const bench::OpBenchResult& result) {
   nlohmann::ordered_json json;
@@ -202,7 +182,7 @@ void run_bench(const BenchFlags& flags) {
   const InterruptGuard guard;
   bench::OpBenchHooks hooks;
   hooks.progress = [](const std::string& what) { fmt::print(stderr, "timing {}\n", what); };
-  hooks.should_stop = [] { return interrupted != 0; };
+  hooks.should_stop = InterruptGuard::requested;
   const bench::OpBenchResult result = bench::run_op_bench(options, hooks);
   flags.json ? print_json(options, result) : print_table(options, result);
   if (result.interrupted) {

@@ -22,7 +22,7 @@ struct BackwardProblem {
 };
 
 /// What a row and head brings along: P = weight e^(scale S - shift), dS = P ((dP - mean) + lse_grad), in this order: a
-/// row that sees one key has dP = mean, and its dS is lse_grad to the last bit.
+/// row that sees one key has dP = mean, and its dS is lse_grad to the last bit (in float products).
 struct RowTerms {
   float shift = 0;     ///< the forward's lse; in float32 the row's largest scaled score
   float weight = 1;    ///< in float32 1 / sum of e^(scale S - shift)
