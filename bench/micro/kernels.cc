@@ -25,7 +25,7 @@ void bench_exp(const float* in, std::int64_t count, float* out) {
 }
 
 void bench_product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* a, const float* b, float* c) {
-  product(rows, cols, inner, a, inner, 1, b, cpu::padded_stride(cols), c, cpu::padded_stride(cols), false);
+  product(rows, cols, inner, a, inner, 1, b, cpu::padded_stride(cols), c, cpu::padded_stride(cols), Sums::kReplace);
 }
 
 void bench_transpose(const float* in, std::int64_t rows, std::int64_t cols, float* out, std::int64_t out_stride) {

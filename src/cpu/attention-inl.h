@@ -36,11 +36,11 @@ inline HWY_ATTR void scale_row(float* HWY_RESTRICT row, std::int64_t count, floa
   for (std::int64_t j = 0; j < count; j += lanes) hn::StoreU(hn::Mul(hn::LoadU(df, row + j), f), df, row + j);
 }
 
-/// A chunk in progress: begin, add_block for ascending blocks, write.
-class ChunkAttention {
+/// The rows of a chunk and one kv head with their running softmax: what stays from block to block, whatever the
+/// arithmetic.
+class ChunkState {
  public:
-  /// `scratch` is laid out by input.layout.
-  HWY_ATTR ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+  HWY_ATTR ChunkState(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
       : input_(input),
         sequence_(core::get_sequence(input.batch, chunk.sequence)),
         begin_(chunk.begin),
@@ -48,19 +48,13 @@ class ChunkAttention {
         kv_head_(kv_head),
         key_rows_(input.k, input.batch),
         value_rows_(input.v, input.batch),
-        queries_(scratch + input.layout.queries),
         sums_(scratch + input.layout.sums),
         largest_(scratch + input.layout.largest),
         totals_(scratch + input.layout.totals),
-        keys_(scratch + input.layout.keys),
-        values_(scratch + input.layout.values),
-        scores_(scratch + input.layout.scores),
         members_(reinterpret_cast<std::int32_t*>(scratch + input.layout.members)),
         seen_(reinterpret_cast<std::int32_t*>(scratch + input.layout.seen)) {
-    const AttentionShape& shape = input.shape;
-    const std::int64_t rows = count_ * shape.group_size;
-    load_query_rows(input.q, first_row(), count_, kv_head * shape.group_size, shape.group_size, queries_);
-    std::fill(sums_, sums_ + rows * shape.value_dim, 0.0f);
+    const std::int64_t rows = count_ * input.shape.group_size;
+    std::fill(sums_, sums_ + rows * input.shape.value_dim, 0.0f);
     std::fill(largest_, largest_ + rows, kNegativeInfinity);
     std::fill(totals_, totals_ + rows, 0.0f);
     std::fill(seen_, seen_ + count_, 0);
@@ -71,24 +65,6 @@ class ChunkAttention {
   std::int64_t position_of(std::int64_t i) const { return core::query_position(input_.batch, sequence_, begin_ + i); }
   /// The caller fills members()[0, n) with the queries of the chunk, ascending, that take part in a block.
   std::int32_t* members() { return members_; }
-
-  /// Adds block `block` to the rows of members()[0, n).
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
-    if (n == 0) return;
-    const AttentionShape& shape = input_.shape;
-    const std::int64_t block_begin = block * shape.block_size;
-    // Nothing behind the last member's position is read: it need not even hold a key.
-    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    load_keys_transposed(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim,
-                         keys_, padded_stride(shape.block_size));
-    load_value_rows(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
-                    values_, padded_stride(shape.value_dim));
-    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
-    const std::int64_t rows = n * shape.group_size;
-    for (std::int64_t r = 0; r < rows; r += kScoreRows) {
-      add_block_to_rows(block_begin, block_keys, r, std::min(kScoreRows, rows - r));
-    }
-  }
 
   /// Divides, rounds and writes out and lse.
   HWY_ATTR void write() {
@@ -113,6 +89,20 @@ class ChunkAttention {
     }
   }
 
+ protected:
+  const AttentionInput& input_;
+  core::Sequence sequence_;
+  std::int64_t begin_;
+  std::int64_t count_;
+  std::int64_t kv_head_;
+  core::KeyRows key_rows_;
+  core::KeyRows value_rows_;
+  float* sums_;
+  float* largest_;
+  float* totals_;
+  std::int32_t* members_;
+  std::int32_t* seen_;
+
  private:
   static HWY_ATTR void divide_row(float* HWY_RESTRICT row, std::int64_t count, float divisor) {
     const FloatTag df;
@@ -120,7 +110,41 @@ class ChunkAttention {
     const auto d = hn::Set(df, divisor);
     for (std::int64_t j = 0; j < count; j += lanes) hn::StoreU(hn::Div(hn::LoadU(df, row + j), d), df, row + j);
   }
+};
 
+/// A chunk in progress: begin, add_block for ascending blocks, write.
+class ChunkAttention : public ChunkState {
+ public:
+  /// `scratch` is laid out by input.layout.
+  HWY_ATTR ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+      : ChunkState(input, chunk, kv_head, scratch),
+        queries_(scratch + input.layout.queries),
+        keys_(scratch + input.layout.keys),
+        values_(scratch + input.layout.values),
+        scores_(scratch + input.layout.scores) {
+    const std::int64_t group_size = input.shape.group_size;
+    load_query_rows(input.q, first_row(), count_, kv_head * group_size, group_size, queries_);
+  }
+
+  /// Adds block `block` to the rows of members()[0, n).
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
+    if (n == 0) return;
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t block_begin = block * shape.block_size;
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
+    load_keys_transposed(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim,
+                         keys_, padded_stride(shape.block_size));
+    load_value_rows(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
+                    values_, padded_stride(shape.value_dim));
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    const std::int64_t rows = n * shape.group_size;
+    for (std::int64_t r = 0; r < rows; r += kScoreRows) {
+      add_block_to_rows(block_begin, block_keys, r, std::min(kScoreRows, rows - r));
+    }
+  }
+
+ private:
   // Rows [first, first + rows) of the members' rows.
   HWY_ATTR void add_block_to_rows(std::int64_t block_begin, std::int64_t block_keys, std::int64_t first,
                                   std::int64_t rows) {
@@ -144,7 +168,7 @@ class ChunkAttention {
       }
     }
     product_of_rows(rows, padded_columns(block_keys), shape.head_dim, row_queries, 1, keys_, score_stride,
-                    StridedRows<float>{scores_, score_stride}, false);
+                    StridedRows<float>{scores_, score_stride}, Sums::kReplace);
     for (std::int64_t r = 0; r < rows; ++r) {
       float* row = scores_ + r * score_stride;
       float& largest = largest_[row_index[r]];
@@ -165,27 +189,15 @@ class ChunkAttention {
       while (end < rows && row_visible[end] == row_visible[r]) ++end;
       product_of_rows(end - r, shape.value_dim, row_visible[r],
                       StridedRows<const float>{scores_ + r * score_stride, score_stride}, 1, values_,
-                      padded_stride(shape.value_dim), row_sums + r, true);
+                      padded_stride(shape.value_dim), row_sums + r, Sums::kContinue);
       r = end;
     }
   }
 
-  const AttentionInput& input_;
-  core::Sequence sequence_;
-  std::int64_t begin_;
-  std::int64_t count_;
-  std::int64_t kv_head_;
-  core::KeyRows key_rows_;
-  core::KeyRows value_rows_;
   float* queries_;
-  float* sums_;
-  float* largest_;
-  float* totals_;
   float* keys_;
   float* values_;
   float* scores_;
-  std::int32_t* members_;
-  std::int32_t* seen_;
 };
 
 }  // namespace HWY_NAMESPACE

@@ -185,7 +185,7 @@ class ChunkBackward {
       }
     }
     product(count * group_size, padded_columns(keys), shape_.head_dim, queries_, key_stride_, 1, keys_t_, block_stride_,
-            scores_, block_stride_, false);
+            scores_, block_stride_, Sums::kReplace);
     for (std::int64_t r = 0; r < count * group_size; ++r) {
       const std::int64_t i = members[r / group_size];
       const std::int64_t visible = lists_.visible_keys(i, block);
@@ -222,9 +222,9 @@ class ChunkBackward {
     const std::int64_t columns = padded_columns(most);
     load_tile(members, count);
     product(rows, columns, shape_.head_dim, queries_, key_stride_, 1, keys_t_, block_stride_, scores_, block_stride_,
-            false);
+            Sums::kReplace);
     product(rows, columns, shape_.value_dim, out_grads_, value_stride_, 1, values_t_, block_stride_, grads_,
-            block_stride_, false);
+            block_stride_, Sums::kReplace);
     for (std::int64_t t = 0; t < count; ++t) {
       const std::int64_t visible = lists_.visible_keys(members[t], block);
       for (std::int64_t h = 0; h < shape_.group_size; ++h) {
@@ -267,8 +267,9 @@ class ChunkBackward {
           ++t;
         }
       }
-      product_add(rows, shape_.head_dim, visible, grads_ + first * block_stride_, block_stride_, 1, keys_, key_stride_,
-                  grads);
+      product_of_rows(rows, shape_.head_dim, visible,
+                      StridedRows<const float>{grads_ + first * block_stride_, block_stride_}, 1, keys_, key_stride_,
+                      grads, Sums::kAdd);
     }
   }
 
@@ -283,11 +284,12 @@ class ChunkBackward {
     for (std::int64_t next = 0; first < last; first = next) {
       next = std::min(last, (first / chain + 1) * chain);
       const std::int64_t from = first * block_stride_ + begin;
-      product_add(end - begin, head_dim, next - first, grads_ + from, 1, block_stride_, queries_ + first * key_stride_,
-                  key_stride_, StridedRows<float>{part + begin * head_dim, head_dim});
-      product_add(end - begin, value_dim, next - first, scores_ + from, 1, block_stride_,
-                  out_grads_ + first * value_stride_, value_stride_,
-                  StridedRows<float>{value_part + begin * value_dim, value_dim});
+      product_of_rows(end - begin, head_dim, next - first, StridedRows<const float>{grads_ + from, 1}, block_stride_,
+                      queries_ + first * key_stride_, key_stride_,
+                      StridedRows<float>{part + begin * head_dim, head_dim}, Sums::kAdd);
+      product_of_rows(end - begin, value_dim, next - first, StridedRows<const float>{scores_ + from, 1}, block_stride_,
+                      out_grads_ + first * value_stride_, value_stride_,
+                      StridedRows<float>{value_part + begin * value_dim, value_dim}, Sums::kAdd);
     }
   }
 

@@ -217,14 +217,8 @@ class Bf16ChunkBackward {
     const std::int64_t group_size = shape_.group_size;
     const std::int64_t rows = count * group_size;
     const auto load = [&](const ConstTensorView& tensor, std::int64_t inner, std::uint16_t* to) HWY_ATTR {
-      const std::int64_t dim = tensor.size(2);
       for (std::int64_t t = 0; t < count; ++t) {
-        for (std::int64_t h = 0; h < group_size; ++h) {
-          std::uint16_t* row = to + (t * group_size + h) * inner;
-          std::memcpy(row, head_row(tensor, rows_.first_row + members[t], rows_.first_head + h),
-                      static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
-          std::fill(row + dim, row + inner, std::uint16_t{0});
-        }
+        copy_bf16_rows(tensor, rows_.first_row + members[t], rows_.first_head, group_size, to + t * group_size * inner);
       }
       std::fill(to + rows * inner, to + padded_inner(rows) * inner, std::uint16_t{0});
     };

@@ -18,10 +18,12 @@
 
 #include "src/core/layout.h"
 #include "src/cpu/amx_tiles.h"
+#include "src/cpu/attention-inl.h"
 #include "src/cpu/attention.h"
 #include "src/cpu/bf16_dot.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/plan.h"
+#include "src/cpu/row_ops-inl.h"
 #include "src/cpu/softmax-inl.h"
 #include "src/cpu/tile-inl.h"
 
@@ -158,55 +160,41 @@ inline HWY_ATTR __m512i round_to_bf16(__m512 first, __m512 second) {
                                    _mm512_add_epi32(_mm512_castps_si512(second), half));
 }
 
+/// Copies `heads` rows of a query, zeros behind the last dimension up to padded_inner.
+inline HWY_ATTR void copy_bf16_rows(const ConstTensorView& q, std::int64_t row, std::int64_t first_head,
+                                    std::int64_t heads, std::uint16_t* out) {
+  const std::int64_t dim = q.size(2);
+  const std::int64_t inner = padded_inner(dim);
+  for (std::int64_t h = 0; h < heads; ++h) {
+    std::uint16_t* to = out + h * inner;
+    std::memcpy(to, head_row(q, row, first_head + h), static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
+    std::fill(to + dim, to + inner, std::uint16_t{0});
+  }
+}
+
 /// As ChunkAttention.
-class Bf16ChunkAttention {
+class Bf16ChunkAttention : public ChunkState {
  public:
   HWY_ATTR Bf16ChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
                               float* scratch)
-      : input_(input),
-        sequence_(core::get_sequence(input.batch, chunk.sequence)),
-        begin_(chunk.begin),
-        count_(chunk.end - chunk.begin),
-        kv_head_(kv_head),
+      : ChunkState(input, chunk, kv_head, scratch),
         inner_(padded_inner(input.shape.head_dim)),
         key_stride_(padded_pair_stride(input.shape.block_size)),
         value_stride_(padded_pair_stride(input.shape.value_dim)),
         score_stride_(padded_stride(input.shape.block_size)),
         product_stride_(padded_stride(input.shape.value_dim)),
         probability_stride_(padded_inner(input.shape.block_size)),
-        key_rows_(input.k, input.batch),
-        value_rows_(input.v, input.batch),
         queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.queries)),
-        sums_(scratch + input.layout.sums),
-        largest_(scratch + input.layout.largest),
-        totals_(scratch + input.layout.totals),
         keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
         values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
         scores_(scratch + input.layout.scores),
         products_(scratch + input.layout.products),
-        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)),
-        members_(reinterpret_cast<std::int32_t*>(scratch + input.layout.members)),
-        seen_(reinterpret_cast<std::int32_t*>(scratch + input.layout.seen)) {
-    const AttentionShape& shape = input.shape;
-    const std::int64_t rows = count_ * shape.group_size;
-    const auto row_bytes = static_cast<std::size_t>(shape.head_dim) * 2;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t offset = (first_row() + r / shape.group_size) * input.q.stride(0) +
-                                  (kv_head * shape.group_size + r % shape.group_size) * input.q.stride(1);
-      std::uint16_t* to = queries_ + r * inner_;
-      std::memcpy(to, input.q.data + offset * 2, row_bytes);
-      std::fill(to + shape.head_dim, to + inner_, std::uint16_t{0});
+        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)) {
+    const std::int64_t group_size = input.shape.group_size;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      copy_bf16_rows(input.q, first_row() + i, kv_head * group_size, group_size, queries_ + i * group_size * inner_);
     }
-    std::fill(sums_, sums_ + rows * shape.value_dim, 0.0f);
-    std::fill(largest_, largest_ + rows, kNegativeInfinity);
-    std::fill(totals_, totals_ + rows, 0.0f);
-    std::fill(seen_, seen_ + count_, 0);
   }
-
-  std::int64_t count() const { return count_; }
-  std::int64_t first_row() const { return sequence_.query_begin + begin_; }
-  std::int64_t position_of(std::int64_t i) const { return core::query_position(input_.batch, sequence_, begin_ + i); }
-  std::int32_t* members() { return members_; }
 
   HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
     if (n == 0) return;
@@ -234,30 +222,6 @@ class Bf16ChunkAttention {
       for (std::int64_t h = 0; h < shape.group_size; h += kBf16Rows) {
         add_block_to_rows(block_begin, block_keys, m * shape.group_size + h, std::min(kBf16Rows, shape.group_size - h));
       }
-    }
-  }
-
-  HWY_ATTR void write() {
-    const AttentionShape& shape = input_.shape;
-    auto* lse = reinterpret_cast<float*>(input_.lse.data);
-    for (std::int64_t r = 0; r < count_ * shape.group_size; ++r) {
-      const std::int64_t row = first_row() + r / shape.group_size;
-      const std::int64_t head = kv_head_ * shape.group_size + r % shape.group_size;
-      float* sum = sums_ + r * shape.value_dim;
-      float row_lse = kNegativeInfinity;
-      if (seen_[r / shape.group_size] != 0) {  // else no block: out 0, lse -inf
-        const float total = totals_[r];
-        const __m512 divisor = _mm512_set1_ps(total);
-        for (std::int64_t e = 0; e < shape.value_dim; e += 16) {
-          _mm512_storeu_ps(sum + e, _mm512_div_ps(_mm512_loadu_ps(sum + e), divisor));
-        }
-        // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
-        row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
-                             : static_cast<float>(largest_[r] + std::log(static_cast<double>(total)));
-      }
-      store_row(sum, shape.value_dim, input_.out.dtype,
-                input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * 2);
-      lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
     }
   }
 
@@ -385,30 +349,18 @@ class Bf16ChunkAttention {
     }
   }
 
-  const AttentionInput& input_;
-  core::Sequence sequence_;
-  std::int64_t begin_;
-  std::int64_t count_;
-  std::int64_t kv_head_;
   std::int64_t inner_;
   std::int64_t key_stride_;
   std::int64_t value_stride_;
   std::int64_t score_stride_;
   std::int64_t product_stride_;
   std::int64_t probability_stride_;
-  core::KeyRows key_rows_;
-  core::KeyRows value_rows_;
   std::uint16_t* queries_;
-  float* sums_;
-  float* largest_;
-  float* totals_;
   std::uint16_t* keys_;
   std::uint16_t* values_;
   float* scores_;
   float* products_;
   std::uint16_t* probabilities_;
-  std::int32_t* members_;
-  std::int32_t* seen_;
 };
 
 }  // namespace HWY_NAMESPACE

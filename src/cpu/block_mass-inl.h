@@ -59,7 +59,7 @@ inline HWY_ATTR const float* block_mass(const ConstTensorView& q, const ConstTen
     for (std::int64_t r0 = first * group_size; r0 < rows; r0 += kScoreRows) {
       const std::int64_t rows_here = std::min(kScoreRows, rows - r0);
       product(rows_here, padded_columns(block_keys), head_dim, queries + r0 * head_dim, head_dim, 1, keys, tile_stride,
-              scores, tile_stride, false);
+              scores, tile_stride, Sums::kReplace);
       for (std::int64_t r = r0; r < r0 + rows_here; ++r) {
         const std::int64_t visible = std::min(block_keys, position_of(r / group_size) + 1 - block_begin);
         float* row = scores + (r - r0) * tile_stride;

@@ -539,7 +539,7 @@ class KlChunkBackward {
                index_queries_ + t * index_stride_);
     }
     product(count, columns, shape_.index_dim, index_queries_, index_stride_, 1, index_keys_t_, block_stride_,
-            index_scores_, block_stride_, false);
+            index_scores_, block_stride_, Sums::kReplace);
     std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
     if (multiply_bf16_ != nullptr) tile_queries = std::max<std::int64_t>(1, kBf16Rows / shape_.group_size);
     for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
@@ -549,13 +549,15 @@ class KlChunkBackward {
     const auto add_query_grads = [&](std::int64_t begin, std::int64_t end, std::int64_t visible) HWY_ATTR {
       float* grads[kScoreRows];
       for (std::int64_t t = begin; t < end; ++t) grads[t - begin] = query_grads_ + members[t] * shape_.index_dim;
-      product_add(end - begin, shape_.index_dim, visible, index_scores_ + begin * block_stride_, block_stride_, 1,
-                  index_keys_, index_stride_, grads);
+      product_of_rows(end - begin, shape_.index_dim, visible,
+                      StridedRows<const float>{index_scores_ + begin * block_stride_, block_stride_}, 1, index_keys_,
+                      index_stride_, grads, Sums::kAdd);
     };
     const auto add_key_grads = [&](std::int64_t begin, std::int64_t end, std::int64_t first) HWY_ATTR {
-      product_add(end - begin, shape_.index_dim, count - first, index_scores_ + first * block_stride_ + begin, 1,
-                  block_stride_, index_queries_ + first * index_stride_, index_stride_,
-                  StridedRows<float>{part + begin * shape_.index_dim, shape_.index_dim});
+      product_of_rows(end - begin, shape_.index_dim, count - first,
+                      StridedRows<const float>{index_scores_ + first * block_stride_ + begin, 1}, block_stride_,
+                      index_queries_ + first * index_stride_, index_stride_,
+                      StridedRows<float>{part + begin * shape_.index_dim, shape_.index_dim}, Sums::kAdd);
     };
     // Keys that a query does not see have Q - P = 0, which is as good as leaving them out, but for a 0 times infinity
     // or NaN of somebody else's.
@@ -612,7 +614,7 @@ class KlChunkBackward {
       }
     }
     product(count * group_size, columns, shape_.head_dim, queries_, query_stride_, 1, keys_t_, block_stride_, scores_,
-            block_stride_, false);
+            block_stride_, Sums::kReplace);
     for (std::int64_t t = 0; t < count; ++t) {
       const float* lse = lse_ + members[t] * (group_size + 1);
       subtract_distributions<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size, scale,

@@ -30,18 +30,6 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// Copies `heads` rows of a query, zeros behind the last dimension up to padded_inner.
-inline HWY_ATTR void copy_bf16_rows(const ConstTensorView& q, std::int64_t row, std::int64_t first_head,
-                                    std::int64_t heads, std::uint16_t* out) {
-  const std::int64_t dim = q.size(2);
-  const std::int64_t inner = padded_inner(dim);
-  for (std::int64_t h = 0; h < heads; ++h) {
-    std::uint16_t* to = out + h * inner;
-    std::memcpy(to, head_row(q, row, first_head + h), static_cast<std::size_t>(dim) * sizeof(std::uint16_t));
-    std::fill(to + dim, to + inner, std::uint16_t{0});
-  }
-}
-
 /// scores[rows, columns] of rows at a[0, rows), rows <= kBf16Rows, and packed keys.
 inline HWY_ATTR void score_bf16_rows(Bf16Kernel multiply, const std::uint16_t* const* a, std::int64_t rows,
                                      std::int64_t columns, std::int64_t dim, const std::uint16_t* keys,

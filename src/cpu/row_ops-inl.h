@@ -79,7 +79,7 @@ inline HWY_ATTR void product_of_tile(std::int64_t rows, std::int64_t cols, std::
       a_rows[r] = a.row(begin + r);
       c_rows[r] = c.row(begin + r);
     }
-    product_of_rows(count, cols, inner, a_rows, 1, b, b_row, c_rows, false);
+    product_of_rows(count, cols, inner, a_rows, 1, b, b_row, c_rows, Sums::kReplace);
   }
 }
 
@@ -94,79 +94,6 @@ inline HWY_ATTR bool are_finite(const float* HWY_RESTRICT first, std::int64_t st
     for (std::int64_t i = 0; i < dim; i += lanes) sum = hn::MulAdd(hn::Zero(df), hn::LoadU(df, row + i), sum);
   }
   return hn::AllTrue(df, hn::Eq(sum, hn::Zero(df)));
-}
-
-// One register tile of `product_add`; as product_tile of tile-inl.h but for where c comes in.
-template <int kRows, int kVecs, class CRows>
-HWY_ATTR void product_add_tile(std::int64_t inner, const float* HWY_RESTRICT a, std::int64_t a_row,
-                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                               const CRows& c_rows, std::int64_t first_row, std::int64_t column) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  FloatVec sum[kRows * kVecs];
-  unroll<kRows * kVecs>([&](auto t) { sum[t] = hn::Zero(df); });
-  a += first_row * a_row;
-  b += column;
-  for (std::int64_t k = 0; k < inner; ++k) {
-    FloatVec row[kVecs];
-    unroll<kVecs>([&](auto j) { row[j] = hn::LoadU(df, b + j * lanes); });
-    unroll<kRows>([&](auto i) {
-      const FloatVec factor = hn::Set(df, a[i * a_row]);
-      unroll<kVecs>([&](auto j) { sum[i * kVecs + j] = hn::MulAdd(factor, row[j], sum[i * kVecs + j]); });
-    });
-    a += a_inner;
-    b += b_row;
-  }
-  unroll<kRows * kVecs>([&](auto t) {
-    float* c = c_rows[first_row + t / kVecs] + column + t % kVecs * lanes;
-    hn::StoreU(hn::Add(hn::LoadU(df, c), sum[t]), df, c);
-  });
-}
-
-template <int kRows, int kVecs, class CRows>
-HWY_ATTR void product_add_rest(std::int64_t rest, std::int64_t inner, const float* HWY_RESTRICT a, std::int64_t a_row,
-                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                               const CRows& c_rows, std::int64_t first_row, std::int64_t column) {
-  if constexpr (kRows > 0) {
-    if (rest == kRows) {
-      product_add_tile<kRows, kVecs>(inner, a, a_row, a_inner, b, b_row, c_rows, first_row, column);
-    } else {
-      product_add_rest<kRows - 1, kVecs>(rest, inner, a, a_row, a_inner, b, b_row, c_rows, first_row, column);
-    }
-  }
-}
-
-template <int kVecs, class CRows>
-HWY_ATTR void product_add_rows(std::int64_t rows, std::int64_t inner, const float* HWY_RESTRICT a, std::int64_t a_row,
-                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                               const CRows& c_rows, std::int64_t column) {
-  std::int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    product_add_tile<kTileRows, kVecs>(inner, a, a_row, a_inner, b, b_row, c_rows, i, column);
-  }
-  product_add_rest<kTileRows - 1, kVecs>(rows - i, inner, a, a_row, a_inner, b, b_row, c_rows, i, column);
-}
-
-/// c[rows, cols] += a[rows, inner] * b[inner, cols], as `product` with a sum that starts from 0 and is added to c at
-/// the end: long sums made of many products lose fewer digits than in one chain. Leading and trailing zeros in a row of
-/// a leave no trace. c_rows[i] is the first element of row i.
-template <class CRows>
-HWY_ATTR void product_add(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* HWY_RESTRICT a,
-                          std::int64_t a_row, std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                          const CRows& c_rows) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  std::int64_t j = 0;
-  for (; j + kTileVecs * lanes <= cols; j += kTileVecs * lanes) {
-    product_add_rows<kTileVecs>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
-  }
-  if constexpr (kTileVecs == 4) {
-    if (j + 2 * lanes <= cols) {
-      product_add_rows<2>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
-      j += 2 * lanes;
-    }
-  }
-  for (; j < cols; j += lanes) product_add_rows<1>(rows, inner, a, a_row, a_inner, b, b_row, c_rows, j);
 }
 
 }  // namespace HWY_NAMESPACE

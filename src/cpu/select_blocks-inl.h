@@ -194,7 +194,7 @@ class SelectionChunk {
   HWY_ATTR void score_strip(const std::int32_t* ids, std::int64_t count, const float* strip, std::int64_t block,
                             std::int64_t key_count, float* out) {
     const std::int64_t width = padded_columns(count);
-    product(key_count, width, dim_, keys_, dim_, 1, strip, kStripRows, scores_, kStripRows, false);
+    product(key_count, width, dim_, keys_, dim_, 1, strip, kStripRows, scores_, kStripRows, Sums::kReplace);
     const std::int64_t begin = block * params_.block_size;
     if (position_of(ids[0]) + 1 >= begin + key_count) {  // positions ascend
       strip_scores(scores_, key_count, nullptr, width, out);
@@ -307,7 +307,7 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
       const std::byte* from[kStripRows];
       for (std::int64_t i = 0; i < here; ++i) from[i] = key_rows.row(sequence.index, begin + j + i);
       pack_strip(from, here, params.k_idx.dtype, dim, keys);
-      product(rows, padded_columns(here), dim, queries, dim, 1, keys, kStripRows, scores + j, stride, false);
+      product(rows, padded_columns(here), dim, queries, dim, 1, keys, kStripRows, scores + j, stride, Sums::kReplace);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t visible = std::min(count, choices.position(r / groups) + 1 - begin);

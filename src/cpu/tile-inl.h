@@ -190,18 +190,26 @@ HWY_INLINE HWY_ATTR void unroll(const Body& body) {
   unroll(body, std::make_integer_sequence<int, kCount>{});
 }
 
+/// Where the sums of a product start and end.
+enum class Sums {
+  kReplace,   ///< from 0, c is overwritten
+  kContinue,  ///< from c: one chain through several products
+  kAdd,       ///< from 0, added to c at the end: long sums made of many products lose fewer digits than in one chain,
+              ///< and zeros at either end of a row of a leave no trace
+};
+
 // One register tile: kRows x (kVecs vectors) of c (+)= a * b, the sum over k running in order, one multiply-add a step.
 // Columns of b and c are counted from `column`.
 template <int kRows, int kVecs, class ARows, class CRows>
 HWY_ATTR void product_tile(std::int64_t inner, const ARows& a_rows, std::int64_t a_inner, const float* HWY_RESTRICT b,
                            std::int64_t b_row, const CRows& c_rows, std::int64_t first_row, std::int64_t column,
-                           bool accumulate) {
+                           Sums sums) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const float* a[kRows];
   FloatVec sum[kRows * kVecs];
   unroll<kRows>([&](auto i) { a[i] = a_rows[first_row + i]; });
-  if (accumulate) {
+  if (sums == Sums::kContinue) {
     unroll<kRows * kVecs>(
         [&](auto t) { sum[t] = hn::LoadU(df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes); });
   } else {
@@ -217,20 +225,22 @@ HWY_ATTR void product_tile(std::int64_t inner, const ARows& a_rows, std::int64_t
       unroll<kVecs>([&](auto j) { sum[i * kVecs + j] = hn::MulAdd(factor, row[j], sum[i * kVecs + j]); });
     });
   }
-  unroll<kRows * kVecs>(
-      [&](auto t) { hn::StoreU(sum[t], df, c_rows[first_row + t / kVecs] + column + t % kVecs * lanes); });
+  unroll<kRows * kVecs>([&](auto t) {
+    float* c = c_rows[first_row + t / kVecs] + column + t % kVecs * lanes;
+    hn::StoreU(sums == Sums::kAdd ? hn::Add(hn::LoadU(df, c), sum[t]) : sum[t], df, c);
+  });
 }
 
 // The last rows, fewer than a tile has.
 template <int kRows, int kVecs, class ARows, class CRows>
 HWY_ATTR void product_rest(std::int64_t rest, std::int64_t inner, const ARows& a_rows, std::int64_t a_inner,
                            const float* HWY_RESTRICT b, std::int64_t b_row, const CRows& c_rows, std::int64_t first_row,
-                           std::int64_t column, bool accumulate) {
+                           std::int64_t column, Sums sums) {
   if constexpr (kRows > 0) {
     if (rest == kRows) {
-      product_tile<kRows, kVecs>(inner, a_rows, a_inner, b, b_row, c_rows, first_row, column, accumulate);
+      product_tile<kRows, kVecs>(inner, a_rows, a_inner, b, b_row, c_rows, first_row, column, sums);
     } else {
-      product_rest<kRows - 1, kVecs>(rest, inner, a_rows, a_inner, b, b_row, c_rows, first_row, column, accumulate);
+      product_rest<kRows - 1, kVecs>(rest, inner, a_rows, a_inner, b, b_row, c_rows, first_row, column, sums);
     }
   }
 }
@@ -238,12 +248,12 @@ HWY_ATTR void product_rest(std::int64_t rest, std::int64_t inner, const ARows& a
 template <int kVecs, class ARows, class CRows>
 HWY_ATTR void product_rows(std::int64_t rows, std::int64_t inner, const ARows& a_rows, std::int64_t a_inner,
                            const float* HWY_RESTRICT b, std::int64_t b_row, const CRows& c_rows, std::int64_t column,
-                           bool accumulate) {
+                           Sums sums) {
   std::int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) {
-    product_tile<kTileRows, kVecs>(inner, a_rows, a_inner, b, b_row, c_rows, i, column, accumulate);
+    product_tile<kTileRows, kVecs>(inner, a_rows, a_inner, b, b_row, c_rows, i, column, sums);
   }
-  product_rest<kTileRows - 1, kVecs>(rows - i, inner, a_rows, a_inner, b, b_row, c_rows, i, column, accumulate);
+  product_rest<kTileRows - 1, kVecs>(rows - i, inner, a_rows, a_inner, b, b_row, c_rows, i, column, sums);
 }
 
 /// As `product`, for rows of a and c that lie anywhere: a_rows[i] and c_rows[i] are the first elements of row i (arrays
@@ -251,21 +261,21 @@ HWY_ATTR void product_rows(std::int64_t rows, std::int64_t inner, const ARows& a
 template <class ARows, class CRows>
 HWY_ATTR void product_of_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner, const ARows& a_rows,
                               std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                              const CRows& c_rows, bool accumulate) {
+                              const CRows& c_rows, Sums sums) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   std::int64_t j = 0;
   for (; j + kTileVecs * lanes <= cols; j += kTileVecs * lanes) {
-    product_rows<kTileVecs>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);
+    product_rows<kTileVecs>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, sums);
   }
   if constexpr (kTileVecs == 4) {
     if (j + 2 * lanes <= cols) {
-      product_rows<2>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);
+      product_rows<2>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, sums);
       j += 2 * lanes;
     }
   }
   for (; j < cols; j += lanes) {
-    product_rows<1>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, accumulate);
+    product_rows<1>(rows, inner, a_rows, a_inner, b, b_row, c_rows, j, sums);
   }
 }
 
@@ -276,9 +286,9 @@ HWY_ATTR void product_of_rows(std::int64_t rows, std::int64_t cols, std::int64_t
 /// padded_stride(cols).
 inline HWY_ATTR void product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* HWY_RESTRICT a,
                              std::int64_t a_row, std::int64_t a_inner, const float* HWY_RESTRICT b, std::int64_t b_row,
-                             float* HWY_RESTRICT c, std::int64_t c_row, bool accumulate) {
+                             float* HWY_RESTRICT c, std::int64_t c_row, Sums sums) {
   product_of_rows(rows, cols, inner, StridedRows<const float>{a, a_row}, a_inner, b, b_row,
-                  StridedRows<float>{c, c_row}, accumulate);
+                  StridedRows<float>{c, c_row}, sums);
 }
 
 /// e^x for x <= 88 to within 2 units in the last place; 0 below -87.33 (where the result would be subnormal); NaN of

@@ -14,7 +14,7 @@ namespace HWY_NAMESPACE {
 void run_product(std::int64_t rows, std::int64_t cols, std::int64_t inner, const float* a, std::int64_t a_row,
                  std::int64_t a_inner, const float* b, std::int64_t b_row, float* c, std::int64_t c_row,
                  bool accumulate) {
-  product(rows, cols, inner, a, a_row, a_inner, b, b_row, c, c_row, accumulate);
+  product(rows, cols, inner, a, a_row, a_inner, b, b_row, c, c_row, accumulate ? Sums::kContinue : Sums::kReplace);
 }
 
 void run_load_row(const std::byte* row, DType dtype, std::int64_t count, float* out) {
