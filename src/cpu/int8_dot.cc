@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// See int8_dot.h: the definition as plain loops, and the choice among the implementations.
+// See int8_dot.h: the definition as plain loops.
 #include "src/cpu/int8_dot.h"
 
 #include <algorithm>
 #include <cstdint>
-
-#include "src/cpu/dot_products.h"
 
 namespace msa::cpu {
 
@@ -23,18 +21,6 @@ void int8_block_max_portable(const std::uint8_t* keys, std::int64_t key_count, s
       for (std::int64_t r = 0; r < kInt8Rows; ++r) largest[r] = std::max(largest[r], sums[r]);
     }
   }
-}
-
-Int8Dot active_int8_dot() {
-#if defined(__x86_64__)
-  switch (active_dot_products()) {
-    case DotProducts::kAmx: return {int8_block_max_amx, 64, true};
-    case DotProducts::kAvx512:
-    case DotProducts::kVnni: return {int8_block_max_avx512, 4, true};
-    case DotProducts::kNone: break;
-  }
-#endif
-  return {int8_block_max_portable, 4, false};
 }
 
 }  // namespace msa::cpu

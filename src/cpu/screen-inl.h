@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Screened selection (docs/select-blocks.md): a chunk's rows against int8 copies of the keys, an error bound a row and
+// Screened selection (docs/select-blocks.md): a chunk's rows against the keys in int8 or bf16, an error bound a row and
 // block, and exact scores only for the blocks that the bounds leave in doubt. The selection is that of select_chunk,
 // bit for bit: the bounds hold for what its arithmetic rounds to, and the exact scores are its own. Tested in
 // tests/unit/screen_test.cc.
@@ -18,7 +18,6 @@
 #include <functional>
 #include <limits>
 
-#include "src/cpu/int8_dot.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/select_blocks-inl.h"
 
@@ -167,19 +166,112 @@ inline HWY_ATTR BlockBounds quantise_block(const float* HWY_RESTRICT keys, std::
   return bounds;
 }
 
-/// One task of the pass before: quantises blocks [first, last) of a sequence into shared memory. `keys` has room for a
-/// block of floats.
-inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t first,
-                                     std::int64_t last, const Balance& balance, std::int64_t screen_dim, float* keys,
-                                     std::uint8_t* out, BlockBounds* bounds) {
+/// As quantise, of a row rounded to bf16, out[screen_dim]; zeros behind dim.
+inline HWY_ATTR SquaredNorms round_row(const float* HWY_RESTRICT x, std::int64_t dim, std::int64_t screen_dim,
+                                       std::uint16_t* HWY_RESTRICT out) {
+  const FloatTag df;
+  const hn::RebindToUnsigned<FloatTag> du;
+  const hn::Rebind<std::uint16_t, FloatTag> d16;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  store_row(x, dim, DType::kBFloat16, reinterpret_cast<std::byte*>(out));
+  std::fill(out + dim, out + screen_dim, std::uint16_t{0});
+  auto whole = hn::Zero(df);
+  auto rounded = whole;
+  auto error = whole;
+  for (std::int64_t d = 0; d < dim; d += lanes) {
+    const auto v = hn::LoadU(df, x + d);
+    const auto f = hn::BitCast(df, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(d16, out + d))));
+    const auto e = hn::Sub(v, f);
+    whole = hn::MulAdd(v, v, whole);
+    rounded = hn::MulAdd(f, f, rounded);
+    error = hn::MulAdd(e, e, error);
+  }
+  return {hn::GetLane(hn::SumOfLanes(df, whole)), hn::GetLane(hn::SumOfLanes(df, rounded)),
+          hn::GetLane(hn::SumOfLanes(df, error))};
+}
+
+/// As quantise_block, to bf16.
+inline HWY_ATTR BlockBounds round_block(const float* HWY_RESTRICT keys, std::int64_t count, std::int64_t dim,
+                                        std::int64_t screen_dim, std::uint16_t* HWY_RESTRICT out) {
+  const float largest = std::bit_cast<float>(largest_magnitude(keys, count * dim));
+  BlockBounds bounds;
+  bounds.scale = 1;
+  if (!can_screen(largest)) {
+    bounds.norm = kInfinity;
+    return bounds;
+  }
+  float whole = 0;
+  float error = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const SquaredNorms norms = round_row(keys + j * dim, dim, screen_dim, out + j * screen_dim);
+    whole = std::max(whole, norms.whole);
+    error = std::max(error, norms.error);
+  }
+  bounds.norm = norm_bound(whole, largest);
+  bounds.error = norm_bound(error, largest);
+  return bounds;
+}
+
+/// Bounds of keys that are bf16 already, rows of `stride` elements; dim is a multiple of 32.
+inline HWY_ATTR BlockBounds bound_block(const std::uint16_t* keys, std::int64_t stride, std::int64_t count,
+                                        std::int64_t dim) {
+  const FloatTag df;
+  const hn::RebindToUnsigned<FloatTag> du;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  const auto odd = hn::Set(du, 0xffff0000u);
+  auto largest = hn::Zero(df);
+  auto not_finite = hn::Zero(du);
+  float square = 0;
+  const auto exponent = hn::Set(du, 0x7f800000u);
+  for (std::int64_t j = 0; j < count; ++j) {
+    auto sum0 = hn::Zero(df);
+    auto sum1 = sum0;
+    for (std::int64_t d = 0; d < dim; d += 2 * lanes) {  // a word holds two
+      const auto words = hn::LoadU(du, reinterpret_cast<const std::uint32_t*>(keys + j * stride + d));
+      const auto a = hn::BitCast(df, hn::ShiftLeft<16>(words));
+      const auto b = hn::BitCast(df, hn::And(words, odd));
+      sum0 = hn::MulAdd(a, a, sum0);
+      sum1 = hn::MulAdd(b, b, sum1);
+      largest = hn::Max(largest, hn::Max(hn::Abs(a), hn::Abs(b)));
+    }
+    // A square that is not finite makes its sum so.
+    const auto sum = hn::Add(sum0, sum1);
+    not_finite = hn::Or(not_finite, hn::VecFromMask(du, hn::Eq(hn::And(hn::BitCast(du, sum), exponent), exponent)));
+    square = std::max(square, hn::GetLane(hn::SumOfLanes(df, sum)));
+  }
+  BlockBounds bounds;
+  bounds.scale = 1;
+  const float most = hn::GetLane(hn::MaxOfLanes(df, largest));
+  const bool is_finite = hn::AllFalse(du, hn::Ne(not_finite, hn::Zero(du)));
+  bounds.norm = is_finite && can_screen(most) ? norm_bound(square, most) : kInfinity;
+  return bounds;
+}
+
+/// Loads `count` keys of a block from position `begin` on as they are screened: `copy` has room for them, unless they
+/// are read in place, and `keys` for a block of floats.
+inline HWY_ATTR BlockBounds screen_keys(const SelectBlocksParams& params, const ScreenSetup& setup,
+                                        std::int64_t sequence, std::int64_t begin, std::int64_t count, float* keys,
+                                        std::byte* copy) {
   const std::int64_t dim = params.q_idx.size(2);
   const core::KeyRows key_rows(params.k_idx, params.batch);
+  if (setup.is_in_place) {
+    return bound_block(reinterpret_cast<const std::uint16_t*>(key_rows.row(sequence, begin)), dim, count, dim);
+  }
+  load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, begin, count, dim, keys, dim);
+  if (setup.dot.is_bf16()) return round_block(keys, count, dim, setup.dim, reinterpret_cast<std::uint16_t*>(copy));
+  scale_channels(keys, count, dim, setup.balance.of_keys());
+  return quantise_block(keys, count, dim, setup.dim, reinterpret_cast<std::uint8_t*>(copy));
+}
+
+/// One task of the pass before: blocks [first, last) of a sequence for all tasks. `keys` has room for a block of
+/// floats.
+inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int64_t sequence, std::int64_t first,
+                                     std::int64_t last, const ScreenSetup& setup, float* keys, std::byte* out,
+                                     BlockBounds* bounds) {
+  const std::int64_t block_bytes = setup.is_in_place ? 0 : params.block_size * setup.row_bytes();
   for (std::int64_t b = first; b < last; ++b) {
-    load_value_rows(key_rows, params.k_idx.dtype, sequence, 0, b * params.block_size, params.block_size, dim, keys,
-                    dim);
-    scale_channels(keys, params.block_size, dim, balance.of_keys());
-    bounds[b - first] =
-        quantise_block(keys, params.block_size, dim, screen_dim, out + (b - first) * params.block_size * screen_dim);
+    bounds[b - first] = screen_keys(params, setup, sequence, b * params.block_size, params.block_size, keys,
+                                    out + (b - first) * block_bytes);
   }
 }
 
@@ -187,24 +279,23 @@ inline HWY_ATTR void quantise_blocks(const SelectBlocksParams& params, std::int6
 class ScreenedChunk {
  public:
   HWY_ATTR ScreenedChunk(SelectionChunk& selection, const SelectBlocksParams& params, const SelectionLayout& layout,
-                         const Int8Dot& dot, const Balance& balance, std::int64_t screen_dim,
-                         const SharedBlocks& shared, float* scratch)
+                         const ScreenSetup& setup, const SharedBlocks& shared, float* scratch)
       : selection_(selection),
+        params_(params),
+        setup_(setup),
+        key_rows_(params.k_idx, params.batch),
         block_size_(params.block_size),
         topk_(params.topk),
         slots_(selection.choices().slots()),
         capacity_(candidate_capacity(params.topk)),
-        dot_(dot),
-        balance_(balance),
-        screen_dim_(screen_dim),
         shared_(shared),
         padded_rows_(padded_columns(selection.rows())),
-        row_keys_(reinterpret_cast<std::int8_t*>(scratch + layout.row_keys)),
+        row_keys_(reinterpret_cast<std::byte*>(scratch + layout.row_keys)),
         lower_(scratch + layout.lower),
         lower_stride_(padded_columns(params.topk)),
         candidates_(reinterpret_cast<Candidate*>(scratch + layout.candidates)),
         visits_(reinterpret_cast<std::uint64_t*>(scratch + layout.visits)),
-        block_keys_(reinterpret_cast<std::uint8_t*>(scratch + layout.block_keys)) {
+        block_keys_(reinterpret_cast<std::byte*>(scratch + layout.block_keys)) {
     float* bounds = scratch + layout.row_bounds;
     const auto next = [&] {
       float* array = bounds;
@@ -217,7 +308,7 @@ class ScreenedChunk {
     floor_ = next();
     offset_ = reinterpret_cast<std::int32_t*>(next());
     end_ = reinterpret_cast<std::int32_t*>(next());
-    largest_ = reinterpret_cast<std::int32_t*>(next());
+    largest_ = next();
     counts_ = reinterpret_cast<std::int32_t*>(next());
     for (std::int64_t r = 0; r < padded_rows_; ++r) start_row(r);
   }
@@ -252,40 +343,64 @@ class ScreenedChunk {
     scale_[r] = spread_[r] = slack_[r] = 0;
     floor_[r] = -kInfinity;
     offset_[r] = end_[r] = counts_[r] = 0;
-    std::int8_t* to = row_keys_ + int8_row_offset(r, screen_dim_);
     const bool is_row = r < selection_.rows();
     const std::int64_t dim = selection_.dim();
     alignas(64) float query[kMaxHeadDim];
     float largest = kInfinity;
     if (is_row) {
       std::copy(selection_.query_row(r), selection_.query_row(r) + dim, query);
-      scale_channels(query, 1, dim, balance_.of_queries());
+      scale_channels(query, 1, dim, setup_.balance.of_queries());
       largest = std::bit_cast<float>(largest_magnitude(query, dim));
     }
     const bool can = can_screen(largest) && selection_.limit(r) > 0;
-    alignas(64) std::int32_t integers[kMaxHeadDim + 64] = {};
     if (can) {
-      const IntTag di;
-      scale_[r] = largest / 127;
-      const float inverse = largest == 0 ? 0 : 127 / largest;
-      const SquaredNorms norms = quantise(query, dim, scale_[r], inverse,
-                                          [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
-      // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
-      constexpr float kTiny = 0x1p-60f;
-      spread_[r] = scale_[r] * std::sqrt(norms.integers) * (1 + 0x1p-16f) + kTiny;
-      const float rounding = static_cast<float>(dim + 64) * 0x1p-24f;
-      slack_[r] = norm_bound(norms.error, largest) + rounding * norm_bound(norms.whole, largest) + kTiny;
       // Blocks that the row sees whole.
       end_[r] = static_cast<std::int32_t>(std::min(selection_.limit(r), (selection_.position_of(r) + 1) / block_size_));
       std::fill(lower_ + r * lower_stride_, lower_ + r * lower_stride_ + slots_, -kInfinity);
       std::fill(lower_ + r * lower_stride_ + slots_, lower_ + (r + 1) * lower_stride_, kInfinity);
     }
+    const SquaredNorms norms = setup_.dot.is_bf16() ? round_query(r, query, can) : quantise_query(r, query, largest, can);
+    if (!can) return;
+    // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
+    constexpr float kTiny = 0x1p-60f;
+    spread_[r] = scale_[r] * std::sqrt(norms.integers) * (1 + 0x1p-16f) + kTiny;
+    // A chain in float and, where the products are bf16, twice as much for sums of theirs.
+    const auto roundings = static_cast<float>(setup_.dot.is_bf16() ? 3 * dim + 192 : dim + 64);
+    slack_[r] = norm_bound(norms.error, largest) + roundings * 0x1p-24f * norm_bound(norms.whole, largest) + kTiny;
+  }
+
+  /// Packs row r as int8, or zeros where it is not screened.
+  HWY_ATTR SquaredNorms quantise_query(std::int64_t r, const float* query, float largest, bool can) {
+    const IntTag di;
+    alignas(64) std::int32_t integers[kMaxHeadDim + 64] = {};
+    SquaredNorms norms;
+    if (can) {
+      scale_[r] = largest / 127;
+      const float inverse = largest == 0 ? 0 : 127 / largest;
+      norms = quantise(query, selection_.dim(), scale_[r], inverse,
+                       [&](IntVec n, std::int64_t d) HWY_ATTR { hn::StoreU(n, di, integers + d); });
+    }
+    std::int8_t* to = reinterpret_cast<std::int8_t*>(row_keys_) + int8_row_offset(r, setup_.dim);
     std::int32_t sum = 0;
-    for (std::int64_t d = 0; d < screen_dim_; ++d) {
+    for (std::int64_t d = 0; d < setup_.dim; ++d) {
       to[d / 4 * 64 + d % 4] = static_cast<std::int8_t>(integers[d]);
       sum += integers[d];
     }
     offset_[r] = 128 * sum;
+    return norms;
+  }
+
+  /// The same as bf16.
+  HWY_ATTR SquaredNorms round_query(std::int64_t r, const float* query, bool can) {
+    alignas(64) std::uint16_t rounded[kMaxHeadDim] = {};
+    SquaredNorms norms;
+    if (can) {
+      scale_[r] = 1;
+      norms = round_row(query, selection_.dim(), setup_.dim, rounded);
+    }
+    std::uint16_t* to = reinterpret_cast<std::uint16_t*>(row_keys_) + bf16_row_offset(r, setup_.dim);
+    for (std::int64_t d = 0; d < setup_.dim; d += 2) std::memcpy(to + d * kBf16GroupRows, rounded + d, 4);
+    return norms;
   }
 
   HWY_ATTR void scan() {
@@ -301,27 +416,55 @@ class ScreenedChunk {
       while (group < groups && ends(group)) ++group;
       if (group == groups) return;  // rows were given up
       BlockBounds bounds;
-      const std::uint8_t* keys = find_block(b, bounds);
-      dot_.block_max(keys, block_size_, screen_dim_, row_keys_ + group * kInt8Rows * screen_dim_, groups - group,
-                     largest_ + group * kInt8Rows);
-      offer(b, bounds, group * kInt8Rows);
+      const std::byte* keys = find_block(b, bounds);
+      multiply(keys, bounds, group, groups, b + 1 < last ? shared_block(b + 1) : nullptr);
+      if (setup_.dot.is_bf16()) {
+        offer<true>(b, bounds, group * kInt8Rows);
+      } else {
+        offer<false>(b, bounds, group * kInt8Rows);
+      }
       if ((b + 1 - begin) % kPruneBlocks == 0 || b + 1 == last) prune(b + 1 - begin);
     }
   }
 
-  HWY_ATTR const std::uint8_t* find_block(std::int64_t block, BlockBounds& bounds) {
+  /// largest_ of the rows in groups [first, last) of 16.
+  HWY_ATTR void multiply(const std::byte* keys, const BlockBounds& bounds, std::int64_t first, std::int64_t last,
+                         const std::byte* next) {
+    const std::byte* rows = row_keys_ + first * kInt8Rows * setup_.row_bytes();
+    float* largest = largest_ + first * kInt8Rows;
+    if (!setup_.dot.is_bf16()) {
+      setup_.dot.int8(reinterpret_cast<const std::uint8_t*>(keys), block_size_, setup_.dim,
+                      reinterpret_cast<const std::int8_t*>(rows), last - first,
+                      reinterpret_cast<std::int32_t*>(largest));
+    } else if (bounds.norm == kInfinity) {  // the sums could be NaN
+      std::fill(largest, largest + (last - first) * kInt8Rows, 0.0f);
+    } else {
+      setup_.dot.bf16(reinterpret_cast<const std::uint16_t*>(keys), setup_.dim, block_size_, setup_.dim,
+                      reinterpret_cast<const std::uint16_t*>(rows), last - first, next, largest);
+    }
+  }
+
+  /// The keys of a block as they are screened; null when this task has to make them.
+  HWY_ATTR const std::byte* shared_block(std::int64_t block) const {
+    if (setup_.is_in_place) return key_rows_.row(selection_.choices().sequence().index, block * block_size_);
+    const std::int64_t i = block - shared_.first;
+    return i >= 0 && i < shared_.count ? shared_.keys + i * block_size_ * setup_.row_bytes() : nullptr;
+  }
+
+  HWY_ATTR const std::byte* find_block(std::int64_t block, BlockBounds& bounds) {
+    const std::byte* keys = shared_block(block);
     const std::int64_t i = block - shared_.first;
     if (i >= 0 && i < shared_.count) {
       bounds = shared_.bounds[i];
-      return shared_.keys + i * block_size_ * screen_dim_;
+    } else {
+      bounds = screen_keys(params_, setup_, selection_.choices().sequence().index, block * block_size_, block_size_,
+                           selection_.key_buffer(), block_keys_);
     }
-    const std::int64_t count = selection_.load_block(block);
-    scale_channels(selection_.key_buffer(), count, selection_.dim(), balance_.of_keys());
-    bounds = quantise_block(selection_.key_buffer(), count, selection_.dim(), screen_dim_, block_keys_);
-    return block_keys_;
+    return keys != nullptr ? keys : block_keys_;
   }
 
   /// Takes block b into the lists of the rows from `first` on whose threshold its upper bound reaches.
+  template <bool kIsBf16>
   HWY_ATTR void offer(std::int64_t b, const BlockBounds& bounds, std::int64_t first) {
     const FloatTag df;
     const IntTag di;
@@ -331,8 +474,11 @@ class ScreenedChunk {
     const auto block_norm = hn::Set(df, bounds.norm);
     const auto block = hn::Set(di, static_cast<std::int32_t>(b));
     for (std::int64_t r = first; r < padded_rows_; r += lanes) {
-      const auto integer = hn::Sub(hn::LoadU(di, largest_ + r), hn::LoadU(di, offset_ + r));
-      const auto score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
+      auto score = hn::LoadU(df, largest_ + r);
+      if constexpr (!kIsBf16) {
+        const auto integer = hn::Sub(hn::BitCast(di, score), hn::LoadU(di, offset_ + r));
+        score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
+      }
       const auto error =
           hn::MulAdd(hn::LoadU(df, spread_ + r), block_error, hn::Mul(hn::LoadU(df, slack_ + r), block_norm));
       const auto reaches = hn::Ge(hn::Add(score, error), hn::LoadU(df, floor_ + r));
@@ -431,6 +577,7 @@ class ScreenedChunk {
         list(r)[counts_[r]++] = {static_cast<std::int32_t>(b), 0.0f, kInfinity};
       }
       drop(r);
+      if (counts_[r] <= slots_) continue;  // all of them are in
       const float threshold = nth_highest(r, slots_, [](const Candidate& c) { return c.score; });
       const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
       for (std::int32_t i = 0; i < counts_[r]; ++i) {
@@ -449,7 +596,7 @@ class ScreenedChunk {
   HWY_ATTR std::int64_t collect_contested() {
     std::int64_t visits = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) {
-      if (!is_screened(r)) continue;
+      if (!is_screened(r) || counts_[r] <= slots_) continue;
       floor_[r] = nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); });
       drop(r);
       const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
@@ -492,6 +639,11 @@ class ScreenedChunk {
   void write_row(std::int64_t r) {
     std::int32_t chosen[kMaxTopk];
     std::int64_t count = 0;
+    if (counts_[r] <= slots_) {
+      for (std::int32_t i = 0; i < counts_[r]; ++i) chosen[count++] = list(r)[i].block;
+      selection_.write_row(r, chosen, count);
+      return;
+    }
     const float above = lower_[r * lower_stride_];
     for (std::int32_t i = 0; i < counts_[r]; ++i) {
       const Candidate& c = list(r)[i];
@@ -508,40 +660,39 @@ class ScreenedChunk {
   }
 
   SelectionChunk& selection_;
+  const SelectBlocksParams& params_;
+  const ScreenSetup& setup_;
+  core::KeyRows key_rows_;
   std::int64_t block_size_;
   std::int64_t topk_;
   std::int64_t slots_;
   std::int64_t capacity_;
-  Int8Dot dot_;
-  const Balance& balance_;
-  std::int64_t screen_dim_;
   SharedBlocks shared_;
   std::int64_t padded_rows_;
-  std::int8_t* row_keys_;
-  // A row each. The score of a block is (largest - offset) * scale * its scale, its error spread * its error + slack *
-  // its norm.
+  std::byte* row_keys_;
+  // A row each. The score of a block is, in int8, (largest - offset) * scale * its scale, and in bf16 largest; its error
+  // is spread * its error + slack * its norm.
   float* scale_ = nullptr;
-  float* spread_ = nullptr;         // at least |scale * q8|
-  float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|
+  float* spread_ = nullptr;         // at least |scale * q8|, |q16|
+  float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|, the same of q16
   float* floor_ = nullptr;          // slots_-th highest lower bound so far
   std::int32_t* offset_ = nullptr;  // 128 * sum of q8
   std::int32_t* end_ = nullptr;     // blocks below are screened; 0: the row is not
-  std::int32_t* largest_ = nullptr;
+  float* largest_ = nullptr;        // int32 in int8
   std::int32_t* counts_ = nullptr;  // candidates
   float* lower_;
   std::int64_t lower_stride_;
   Candidate* candidates_;
   std::uint64_t* visits_;
-  std::uint8_t* block_keys_;
+  std::byte* block_keys_;
 };
 
 /// One task: the rows of a chunk, screened.
 inline HWY_ATTR void select_chunk_screened(const SelectBlocksParams& params, const SelectionLayout& layout,
-                                           const Int8Dot& dot, const Balance& balance, std::int64_t screen_dim,
-                                           const SharedBlocks& shared, const QueryChunk& chunk, float* scratch,
-                                           const TensorView& blocks) {
+                                           const ScreenSetup& setup, const SharedBlocks& shared,
+                                           const QueryChunk& chunk, float* scratch, const TensorView& blocks) {
   SelectionChunk selection(params, layout, chunk, scratch, blocks);
-  ScreenedChunk(selection, params, layout, dot, balance, screen_dim, shared, scratch).run();
+  ScreenedChunk(selection, params, layout, setup, shared, scratch).run();
 }
 
 }  // namespace HWY_NAMESPACE

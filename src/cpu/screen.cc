@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// See screen.h: the switch and the balance of channels.
+// See screen.h: the switch, the choice of products, and the balance of channels.
 #include "src/cpu/screen.h"
 
 #include <atomic>
@@ -9,6 +9,7 @@
 #include <string>
 
 #include "msa/error.h"
+#include "src/cpu/dot_products.h"
 
 namespace msa::cpu {
 namespace {
@@ -33,6 +34,22 @@ Screening active_screening() {
   if (now != Screening::kAuto) return now;
   static const Screening from_environment = read_environment();
   return from_environment;
+}
+
+ScreenDot active_screen_dot(Screening screening) {
+  ScreenDot dot;
+  const DotProducts products = active_dot_products();
+#if defined(__x86_64__)
+  dot.is_fast = products != DotProducts::kNone;
+  if (products == DotProducts::kAmx) {
+    dot.bf16 = bf16_block_max_amx;
+  } else if (dot.is_fast) {
+    dot.int8 = int8_block_max_avx512;
+  }
+#endif
+  if (screening == Screening::kAlwaysBf16 && !dot.is_bf16()) return {nullptr, bf16_block_max_portable, false};
+  if (products == DotProducts::kNone) dot.int8 = int8_block_max_portable;
+  return dot;
 }
 
 void Balance::set(const float* queries, const float* keys, std::int64_t dim) {

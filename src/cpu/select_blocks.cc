@@ -15,7 +15,6 @@
 #include "src/core/buffer.h"
 #include "src/core/threads.h"
 #include "src/cpu/instruction_set.h"
-#include "src/cpu/int8_dot.h"
 #include "src/cpu/operators.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/select_blocks_plan.h"
@@ -44,13 +43,13 @@ class Selection {
         params_(params),
         blocks_(blocks),
         threads_(core::resolve_threads(context.threads)),
-        dot_(active_int8_dot()),
         screening_(active_screening()),
         is_many_(static_cast<std::size_t>(params.batch.sequences()), true) {
     shape_.kv_heads = params.q_idx.size(1);
     shape_.index_dim = params.q_idx.size(2);
     shape_.block_size = params.block_size;
     shape_.topk = params.topk;
+    screen_.dot = active_screen_dot(screening_);
   }
 
   void run() {
@@ -136,8 +135,8 @@ class Selection {
 
   bool should_screen(std::int64_t rows, std::int64_t candidates) const {
     if (candidates <= 0) return false;
-    if (screening_ == Screening::kAlways) return true;
-    return screening_ == Screening::kAuto && dot_.is_fast && rows >= kLeastRows &&
+    if (screening_ == Screening::kAlways || screening_ == Screening::kAlwaysBf16) return true;
+    return screening_ == Screening::kAuto && screen_.dot.is_fast && rows >= kLeastRows &&
            candidates >= kLeastBlocksPerSlot * params_.topk;
   }
   /// Whole blocks that are candidates of a sequence to be screened; 0: it is not.
@@ -161,7 +160,14 @@ class Selection {
     }
     if (shape_.queries.total == 0) return;
     if (shape_.screen_blocks != 0) {
-      shape_.screen_dim = (shape_.index_dim + dot_.dim_multiple - 1) / dot_.dim_multiple * dot_.dim_multiple;
+      const std::int64_t multiple = screen_.dot.dim_multiple();
+      screen_.dim = (shape_.index_dim + multiple - 1) / multiple * multiple;
+      // Rows apart from each other would share few sets of a cache.
+      const core::KeyRows keys(params_.k_idx, params_.batch);
+      screen_.is_in_place = screen_.dot.is_bf16() && params_.k_idx.dtype == DType::kBFloat16 &&
+                            screen_.dim == shape_.index_dim && keys.token_stride_bytes() == screen_.row_bytes();
+      shape_.screen_bytes = screen_.row_bytes();
+      shape_.is_screened_in_place = screen_.is_in_place;
     }
     const SelectionPlan plan = plan_selection("select_blocks", shape_, threads_, context_.workspace_limit);
     const SelectionLayout layout = lay_out_selection(shape_, plan.chunk);
@@ -173,10 +179,10 @@ class Selection {
     std::vector<QueryChunk> chunks = cut_queries(params_.batch, plan.chunk);
     std::erase_if(chunks, [&](const QueryChunk& c) { return !is_many_[static_cast<std::size_t>(c.sequence)]; });
 
-    core::Buffer<std::uint8_t> shared_keys(
-        static_cast<std::size_t>(plan.shared_blocks * shape_.block_size * shape_.screen_dim));
+    core::Buffer<std::byte> shared_keys(
+        static_cast<std::size_t>(screen_.is_in_place ? 0 : plan.shared_blocks * shape_.block_size * screen_.row_bytes()));
     core::Buffer<BlockBounds> shared_bounds(static_cast<std::size_t>(plan.shared_blocks));
-    if (shape_.screen_dim != 0) balance_channels(scratch_of(0) + layout.keys);
+    if (screen_.dim != 0 && !screen_.dot.is_bf16()) balance_channels(scratch_of(0) + layout.keys);
     const std::vector<SharedBlocks> shared =
         share_blocks(plan, layout, scratch_of, shared_keys.data(), shared_bounds.data());
     const auto select = HWY_DYNAMIC_DISPATCH(select_chunk);
@@ -186,8 +192,7 @@ class Selection {
       const Choices choices = choices_of(chunk.sequence);
       const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
       if (should_screen(rows, choices.end(chunk.end - 1) - choices.begin())) {
-        select_screened(params_, layout, dot_, balance_, shape_.screen_dim,
-                        shared[static_cast<std::size_t>(chunk.sequence)], chunk, scratch_of(worker), blocks_);
+        select_screened(params_, layout, screen_, shared[static_cast<std::size_t>(chunk.sequence)], chunk, scratch_of(worker), blocks_);
       } else {
         select(params_, layout, chunk, scratch_of(worker), blocks_);
       }
@@ -214,13 +219,13 @@ class Selection {
       }
       before += count;
     }
-    balance_.set(queries, keys, shape_.index_dim);
+    screen_.balance.set(queries, keys, shape_.index_dim);
   }
 
   /// Quantises as many candidate blocks as the plan shares, all threads at it; what each sequence got.
   template <class ScratchOf>
   std::vector<SharedBlocks> share_blocks(const SelectionPlan& plan, const SelectionLayout& layout,
-                                         const ScratchOf& scratch_of, std::uint8_t* keys, BlockBounds* bounds) const {
+                                         const ScratchOf& scratch_of, std::byte* keys, BlockBounds* bounds) const {
     std::vector<SharedBlocks> shared(is_many_.size());
     if (plan.shared_blocks == 0) return shared;
     struct Task {
@@ -231,13 +236,14 @@ class Selection {
     };
     std::vector<Task> tasks;
     const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
-    const std::int64_t block_bytes = shape_.block_size * shape_.screen_dim;
+    const std::int64_t block_bytes = screen_.is_in_place ? 0 : shape_.block_size * screen_.row_bytes();
     std::int64_t used = 0;
     for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
       const Choices choices = choices_of(s);
       const std::int64_t count = std::min(count_screened(s), plan.shared_blocks - used);
       if (count <= 0) continue;
-      shared[static_cast<std::size_t>(s)] = {keys + used * block_bytes, bounds + used, choices.begin(), count};
+      shared[static_cast<std::size_t>(s)] = {screen_.is_in_place ? nullptr : keys + used * block_bytes, bounds + used,
+                                              choices.begin(), count};
       for (std::int64_t b = 0; b < count; b += span) {
         tasks.push_back({s, choices.begin() + b, choices.begin() + std::min(count, b + span), used + b});
       }
@@ -246,8 +252,8 @@ class Selection {
     const auto quantise = HWY_DYNAMIC_DISPATCH(quantise_blocks);
     core::parallel_for(plan.workers, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int worker) {
       const Task& task = tasks[static_cast<std::size_t>(i)];
-      quantise(params_, task.sequence, task.first, task.last, balance_, shape_.screen_dim,
-               scratch_of(worker) + layout.keys, keys + task.at * block_bytes, bounds + task.at);
+      quantise(params_, task.sequence, task.first, task.last, screen_, scratch_of(worker) + layout.keys,
+               keys + task.at * block_bytes, bounds + task.at);
     });
     return shared;
   }
@@ -256,11 +262,10 @@ class Selection {
   const SelectBlocksParams& params_;
   const TensorView& blocks_;
   int threads_;
-  Int8Dot dot_;
   Screening screening_;
   std::vector<char> is_many_;
   SelectionShape shape_;
-  Balance balance_;
+  ScreenSetup screen_;
 };
 
 }  // namespace

@@ -25,14 +25,14 @@ SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chun
   layout.limits = cursor.take(rows);
   layout.least = cursor.take(strips * kStripRows);
   layout.row_ids = cursor.take(rows);
-  if (shape.screen_dim != 0) {
+  if (shape.screen_bytes != 0) {
     const std::int64_t capacity = candidate_capacity(shape.topk);
-    layout.row_keys = cursor.take(rows * shape.screen_dim / 4);
+    layout.row_keys = cursor.take(rows * shape.screen_bytes / 4);
     layout.row_bounds = cursor.take(8 * rows);
     layout.lower = cursor.take(rows * padded_columns(shape.topk));
     layout.candidates = cursor.take(floats_for(rows * capacity, sizeof(Candidate)));
     layout.visits = cursor.take(floats_for(rows * capacity, sizeof(std::uint64_t)));
-    layout.block_keys = cursor.take(shape.block_size * shape.screen_dim / 4);
+    layout.block_keys = cursor.take(shape.is_screened_in_place ? 0 : shape.block_size * shape.screen_bytes / 4);
   }
   layout.end = cursor.end();
   return layout;
@@ -44,20 +44,21 @@ SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape,
   // they are bytes and matter little; more rows let more of them share a block that is rescored.
   const std::int64_t state = std::int64_t{1} << 17;  // floats
   const std::int64_t wanted =
-      shape.screen_dim != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
+      shape.screen_bytes != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
   // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole
   // strips.
-  const bool is_plenty = shape.screen_dim != 0 && shape.queries.total >= 2 * threads * wanted;
+  const bool is_plenty = shape.screen_bytes != 0 && shape.queries.total >= 2 * threads * wanted;
   const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : kStripRows / shape.kv_heads);
   SelectionPlan plan;
   static_cast<ChunkPlan&>(plan) =
       plan_chunks(op, shape.queries, 1, std::max(least, wanted), least, threads, workspace_limit,
                   [&](std::int64_t c) { return bytes_of(lay_out_selection(shape, c).end); });
-  if (shape.screen_dim != 0) {
+  if (shape.screen_bytes != 0) {
     // Quantising a block costs as much as screening some 50 rows: worth sharing, but not at any price.
     constexpr std::size_t kMostShared = std::size_t{32} << 20;
     const std::size_t room = workspace_limit == 0 ? kMostShared : std::min(kMostShared, workspace_limit - plan.bytes());
-    const std::size_t block_bytes = static_cast<std::size_t>(shape.block_size * shape.screen_dim) + sizeof(BlockBounds);
+    const std::int64_t copy_bytes = shape.is_screened_in_place ? 0 : shape.block_size * shape.screen_bytes;
+    const std::size_t block_bytes = static_cast<std::size_t>(copy_bytes) + sizeof(BlockBounds);
     plan.shared_blocks = std::min(shape.screen_blocks, static_cast<std::int64_t>(room / block_bytes));
     plan.shared_bytes = static_cast<std::size_t>(plan.shared_blocks) * block_bytes;
   }

@@ -28,8 +28,9 @@ struct SelectionShape {
   std::int64_t index_dim = 0;
   std::int64_t block_size = 0;
   std::int64_t topk = 0;
-  std::int64_t screen_dim = 0;     ///< bytes of a quantised row; 0: no screening
-  std::int64_t screen_blocks = 0;  ///< blocks that tasks could share quantised
+  std::int64_t screen_bytes = 0;    ///< of a row as it is screened; 0: no screening
+  bool is_screened_in_place = false;  ///< keys are screened where they lie, without a copy
+  std::int64_t screen_blocks = 0;   ///< blocks whose bounds and copies tasks could share
 };
 
 /// As AttentionLayout, for a chunk of select_blocks.
@@ -43,12 +44,12 @@ struct SelectionLayout {
   std::int64_t limits = 0;      ///< int32 [rows], candidates are the blocks below
   std::int64_t least = 0;       ///< int32 [rows], order key that a block must have to be taken
   std::int64_t row_ids = 0;     ///< int32 [rows], the rows that are not (or no longer) screened
-  std::int64_t row_keys = 0;    ///< int8 [groups of 16 rows, screen_dim / 4, 16, 4]; from here on only with screening
+  std::int64_t row_keys = 0;    ///< [rows] of screen_bytes, in groups of 16; from here on only with screening
   std::int64_t row_bounds = 0;  ///< float or int32 [8, rows]: see ScreenRows
   std::int64_t lower = 0;       ///< [rows, padded topk], the highest lower bounds
   std::int64_t candidates = 0;  ///< Candidate [rows, candidate_capacity(topk)]
   std::int64_t visits = 0;      ///< uint64 [rows, candidate_capacity(topk)], (block, row, candidate) to be rescored
-  std::int64_t block_keys = 0;  ///< uint8 [block_size, screen_dim], of a block that is not shared
+  std::int64_t block_keys = 0;  ///< [block_size] rows of screen_bytes, of a block that is not shared
   std::int64_t end = 0;
 };
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
@@ -60,7 +61,7 @@ constexpr std::int64_t candidate_limit(std::int64_t topk) { return 4 * topk + 64
 constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kPruneBlocks + 1; }
 
 struct SelectionPlan : ChunkPlan {
-  std::int64_t shared_blocks = 0;  ///< quantised blocks that all tasks share; the others are quantised by each task
+  std::int64_t shared_blocks = 0;  ///< blocks that are quantised and bounded for all tasks; the others by each task
   std::size_t shared_bytes = 0;
   std::size_t total_bytes() const { return bytes() + shared_bytes; }
 };

@@ -145,8 +145,8 @@ TEST(LayOutAttention, KeepsPartsApartWithBf16Dots) {
 
 TEST(LayOutSelection, KeepsPartsApart) {
   SelectionShape shape = paper_selection(512);
-  for (const std::int64_t screen_dim : {0, 128}) {
-    shape.screen_dim = screen_dim;
+  for (const std::int64_t screen_bytes : {0, 128}) {
+    shape.screen_bytes = screen_bytes;
     const SelectionLayout at = lay_out_selection(shape, 5);
     EXPECT_GE(at.packed - at.queries, 5 * 4 * 128);
     EXPECT_GE(at.keys - at.packed, 32 * 128);
@@ -156,7 +156,7 @@ TEST(LayOutSelection, KeepsPartsApart) {
     EXPECT_GE((at.limits - at.rows) * 4, static_cast<std::int64_t>(5 * 4 * sizeof(RowTopk)));
     EXPECT_GE(at.least - at.limits, 5 * 4);
     EXPECT_GE(at.row_ids - at.least, 32);
-    if (screen_dim == 0) {
+    if (screen_bytes == 0) {
       EXPECT_GE(at.end - at.row_ids, 5 * 4);
       continue;
     }
@@ -481,7 +481,7 @@ TEST(LayOutBackward, KeepsPartsApart) {
 // Screened, 512 queries of 64K keys share all quantised blocks; more keys than fit are quantised by the tasks.
 TEST(Plans, OfScreenedSelectionShareWhatFits) {
   SelectionShape shape = paper_selection(512);
-  shape.screen_dim = 128;
+  shape.screen_bytes = 128;
   shape.screen_blocks = 512;
   const SelectionPlan plan = plan_selection("select_blocks", shape, 2, 0);
   EXPECT_EQ(plan.shared_blocks, 512);

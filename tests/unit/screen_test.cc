@@ -271,7 +271,7 @@ TEST(Int8Dot, EqualsItsDefinition) {
 #if defined(__x86_64__)
   if (cpu::detect_dot_products() != cpu::DotProducts::kNone)
     kernels.push_back({"avx512", cpu::int8_block_max_avx512, 4});
-  if (cpu::detect_dot_products() == cpu::DotProducts::kAmx) kernels.push_back({"amx", cpu::int8_block_max_amx, 64});
+
 #endif
   if (kernels.empty()) GTEST_SKIP() << "this machine has no int8 dot products";
   Random random(2);
