@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// See bf16_max.h: AMX tiles. tdpbf16ps multiplies a tile of 16 keys x 32 dimensions by one of 32 dimensions x 16 rows.
-// A tile of sums takes 16 cycles of products for every 32 dimensions, and must then be stored to be reduced, which
-// neither overlaps with products (docs/select-blocks.md). Tested in tests/unit/screen_test.cc.
+// See bf16_max.h: AMX tiles. tdpbf16ps multiplies a tile of 16 keys x 32 dimensions by one of 32 dimensions x 16 rows,
+// in 16 cycles; the 16 x 16 sums must then be stored to find the largest of each row, another 16. With the dimensions of
+// the reference geometries the rows stay in tile registers while the keys pass, and a tile is stored amid the products
+// of the next one, where the store waits for nothing (docs/select-blocks.md). Tested in tests/unit/screen_test.cc.
 #if defined(__x86_64__)
 
 #include "src/cpu/bf16_max.h"
@@ -18,12 +19,22 @@ namespace {
 
 constexpr std::int64_t kTileInner = 32;  // dimensions
 constexpr std::int64_t kTileKeys = 16;
+constexpr std::int64_t kRowTile = kTileInner * kBf16GroupRows;  // elements of a tile of rows
+constexpr std::int64_t kLine = 64;
+
+using Sums = float[kTileKeys * kBf16GroupRows];
 
 // A mask of all lanes, because g++ 12 warns of _mm512_max_ps.
 MSA_AMX_TARGET inline __m512 larger(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 
+MSA_AMX_TARGET inline __m512 nothing() { return _mm512_set1_ps(-std::numeric_limits<float>::infinity()); }
+
+MSA_AMX_TARGET inline void fill(Sums& sums, __m512 value) {
+  for (std::int64_t j = 0; j < kTileKeys; ++j) _mm512_store_ps(sums + j * kBf16GroupRows, value);
+}
+
 // best[lane] = max over the 16 keys of a tile of sums.
-MSA_AMX_TARGET inline __m512 tile_max(const float* sums, __m512 best) {
+MSA_AMX_TARGET inline __m512 tile_max(const Sums& sums, __m512 best) {
   __m512 other = _mm512_load_ps(sums);  // two chains: each maximum waits for the one before
 #pragma GCC unroll 8
   for (int j = 1; j < 15; j += 2) {
@@ -33,69 +44,141 @@ MSA_AMX_TARGET inline __m512 tile_max(const float* sums, __m512 best) {
   return larger(larger(best, _mm512_load_ps(sums + 15 * kBf16GroupRows)), other);
 }
 
+// Asks for what is read next, some lines a tile of sums: many at once would fill the queue of misses that the tiles'
+// own loads need.
+class Ahead {
+ public:
+  Ahead(const std::byte* next, std::int64_t bytes, std::int64_t tiles)
+      : at_(reinterpret_cast<const char*>(next)),
+        end_(at_ + (next == nullptr ? 0 : bytes)),
+        step_((bytes / kLine + tiles - 1) / tiles * kLine) {}
+  MSA_AMX_TARGET void ask() {
+    for (const char* stop = std::min(end_, at_ + step_); at_ < stop; at_ += kLine) _mm_prefetch(at_, _MM_HINT_T1);
+  }
+
+ private:
+  const char* at_;
+  const char* end_;
+  std::int64_t step_;
+};
+
 struct Keys {
   const std::uint16_t* first;
-  std::int64_t stride;
+  std::int64_t stride;  // elements
   std::int64_t count;
   std::int64_t dim;
 };
 
-// kGroups (1 or 2) groups of rows: per 32 keys and 2 groups four tiles of sums, so that each tile loaded is used twice.
-template <int kGroups>
-MSA_AMX_TARGET inline void groups_max(const Keys& keys, const std::uint16_t* rows, float* largest) {
-  alignas(64) float sums[2 * kGroups][kTileKeys * kBf16GroupRows];
-  const std::uint16_t* other_rows = rows + kBf16GroupRows * keys.dim;
+// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one before
+// is stored, and the one before that, which memory has by then, reduced.
+MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+  alignas(64) Sums even;
+  alignas(64) Sums odd;
+  __m512 best = nothing();
+  fill(even, best);
+  fill(odd, best);
+  _tile_loadd(4, rows, 64);
+  _tile_loadd(5, rows + kRowTile, 64);
+  _tile_loadd(6, rows + 2 * kRowTile, 64);
+  _tile_loadd(7, rows + 3 * kRowTile, 64);
   const std::int64_t stride = keys.stride * 2;
-  __m512 best0 = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const std::int64_t tiles = keys.count / kTileKeys;
+  const std::uint16_t* key = keys.first;
+  for (std::int64_t t = 0; t < tiles; ++t, key += kTileKeys * keys.stride) {
+    ahead.ask();
+    if (t % 2 == 0) {
+      _tile_zero(0);
+      _tile_loadd(2, key, stride);
+      _tile_dpbf16ps(0, 2, 4);
+      _tile_loadd(3, key + kTileInner, stride);
+      _tile_dpbf16ps(0, 3, 5);
+      if (t > 0) _tile_stored(1, odd, 64);
+      best = tile_max(even, best);
+      _tile_loadd(2, key + 2 * kTileInner, stride);
+      _tile_dpbf16ps(0, 2, 6);
+      _tile_loadd(3, key + 3 * kTileInner, stride);
+      _tile_dpbf16ps(0, 3, 7);
+    } else {
+      _tile_zero(1);
+      _tile_loadd(2, key, stride);
+      _tile_dpbf16ps(1, 2, 4);
+      _tile_loadd(3, key + kTileInner, stride);
+      _tile_dpbf16ps(1, 3, 5);
+      _tile_stored(0, even, 64);
+      best = tile_max(odd, best);
+      _tile_loadd(2, key + 2 * kTileInner, stride);
+      _tile_dpbf16ps(1, 2, 6);
+      _tile_loadd(3, key + 3 * kTileInner, stride);
+      _tile_dpbf16ps(1, 3, 7);
+    }
+  }
+  if (tiles % 2 == 0) {
+    _tile_stored(1, odd, 64);
+  } else {
+    _tile_stored(0, even, 64);
+  }
+  _mm512_storeu_ps(largest, tile_max(odd, tile_max(even, best)));
+}
+
+// 64 dimensions, two groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and 6, 7,
+// keys 2 and 3, sums 0 and 1.
+MSA_AMX_TARGET inline void max_of_64(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+  alignas(64) Sums sums0;
+  alignas(64) Sums sums1;
+  __m512 best0 = nothing();
   __m512 best1 = best0;
-  std::int64_t j = 0;
-  for (; j + 2 * kTileKeys <= keys.count; j += 2 * kTileKeys) {
-    const std::uint16_t* key = keys.first + j * keys.stride;
+  _tile_loadd(4, rows, 64);
+  _tile_loadd(5, rows + kRowTile, 64);
+  _tile_loadd(6, rows + 2 * kRowTile, 64);
+  _tile_loadd(7, rows + 3 * kRowTile, 64);
+  const std::int64_t stride = keys.stride * 2;
+  const std::uint16_t* key = keys.first;
+  for (std::int64_t j = 0; j < keys.count; j += kTileKeys, key += kTileKeys * keys.stride) {
+    ahead.ask();
+    if (j > 0) _tile_stored(0, sums0, 64);
     _tile_zero(0);
-    if constexpr (kGroups == 2) _tile_zero(1);
-    _tile_zero(2);
-    if constexpr (kGroups == 2) _tile_zero(3);
-    for (std::int64_t d = 0; d < keys.dim; d += kTileInner) {
-      _tile_loadd(4, key + d, stride);
-      _tile_loadd(6, rows + d * kBf16GroupRows, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kGroups == 2) {
-        _tile_loadd(7, other_rows + d * kBf16GroupRows, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      _tile_loadd(5, key + kTileKeys * keys.stride + d, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kGroups == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums[0], 64);
-    if constexpr (kGroups == 2) _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[kGroups], 64);
-    if constexpr (kGroups == 2) _tile_stored(3, sums[3], 64);
-    best0 = tile_max(sums[0], best0);
-    if constexpr (kGroups == 2) best1 = tile_max(sums[1], best1);
-    best0 = tile_max(sums[kGroups], best0);
-    if constexpr (kGroups == 2) best1 = tile_max(sums[3], best1);
+    _tile_loadd(2, key, stride);
+    _tile_dpbf16ps(0, 2, 4);
+    if (j > 0) _tile_stored(1, sums1, 64);
+    _tile_zero(1);
+    _tile_dpbf16ps(1, 2, 6);
+    if (j > 0) best0 = tile_max(sums0, best0);
+    _tile_loadd(3, key + kTileInner, stride);
+    _tile_dpbf16ps(0, 3, 5);
+    _tile_dpbf16ps(1, 3, 7);
+    if (j > 0) best1 = tile_max(sums1, best1);
   }
-  if (j < keys.count) {
+  _tile_stored(0, sums0, 64);
+  _tile_stored(1, sums1, 64);
+  _mm512_storeu_ps(largest, tile_max(sums0, best0));
+  _mm512_storeu_ps(largest + kBf16GroupRows, tile_max(sums1, best1));
+}
+
+// Any other: two tiles of keys a time, each tile of rows loaded for both.
+MSA_AMX_TARGET inline void max_of_any(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+  alignas(64) Sums sums0;
+  alignas(64) Sums sums1;
+  __m512 best = nothing();
+  const std::int64_t stride = keys.stride * 2;
+  for (std::int64_t j = 0; j < keys.count; j += 2 * kTileKeys) {
     const std::uint16_t* key = keys.first + j * keys.stride;
+    const std::uint16_t* other = j + kTileKeys < keys.count ? key + kTileKeys * keys.stride : key;
+    ahead.ask();
+    ahead.ask();
     _tile_zero(0);
-    if constexpr (kGroups == 2) _tile_zero(1);
+    _tile_zero(1);
     for (std::int64_t d = 0; d < keys.dim; d += kTileInner) {
-      _tile_loadd(4, key + d, stride);
-      _tile_loadd(6, rows + d * kBf16GroupRows, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kGroups == 2) {
-        _tile_loadd(7, other_rows + d * kBf16GroupRows, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
+      _tile_loadd(4, rows + d * kBf16GroupRows, 64);
+      _tile_loadd(2, key + d, stride);
+      _tile_dpbf16ps(0, 2, 4);
+      _tile_loadd(3, other + d, stride);
+      _tile_dpbf16ps(1, 3, 4);
     }
-    _tile_stored(0, sums[0], 64);
-    if constexpr (kGroups == 2) _tile_stored(1, sums[1], 64);
-    best0 = tile_max(sums[0], best0);
-    if constexpr (kGroups == 2) best1 = tile_max(sums[1], best1);
+    _tile_stored(0, sums0, 64);
+    _tile_stored(1, sums1, 64);
+    best = tile_max(sums1, tile_max(sums0, best));
   }
-  _mm512_storeu_ps(largest, best0);
-  if constexpr (kGroups == 2) _mm512_storeu_ps(largest + kBf16GroupRows, best1);
+  _mm512_storeu_ps(largest, best);
 }
 
 }  // namespace
@@ -105,20 +188,18 @@ MSA_AMX_TARGET void bf16_block_max_amx(const std::uint16_t* keys, std::int64_t k
                                        const std::byte* next, float* largest) {
   const AmxTiles tiles;
   const Keys block{keys, key_stride, key_count, dim};
-  // The next keys come to the L2 cache a part beside every pair of groups: one after the other they would wait.
-  constexpr std::int64_t kLine = 64;
-  const std::int64_t lines = next == nullptr ? 0 : key_count * key_stride * 2 / kLine;
-  const std::int64_t lines_a_pair = (lines + (groups + 1) / 2 - 1) / ((groups + 1) / 2);
-  std::int64_t line = 0;
-  for (std::int64_t g = 0; g < groups; g += 2) {
-    for (const std::int64_t end = std::min(lines, line + lines_a_pair); line < end; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
-    }
+  const std::int64_t passes = dim == 64 ? groups / 2 + groups % 2 : groups;
+  Ahead ahead(next, key_count * key_stride * 2, passes * (key_count / kTileKeys));
+  for (std::int64_t g = 0; g < groups; ++g) {
     const std::uint16_t* here = rows + g * kBf16GroupRows * dim;
-    if (g + 1 < groups) {
-      groups_max<2>(block, here, largest + g * kBf16GroupRows);
+    float* out = largest + g * kBf16GroupRows;
+    if (dim == 128) {
+      max_of_128(block, here, ahead, out);
+    } else if (dim == 64 && g + 1 < groups) {
+      max_of_64(block, here, ahead, out);
+      ++g;
     } else {
-      groups_max<1>(block, here, largest + g * kBf16GroupRows);
+      max_of_any(block, here, ahead, out);
     }
   }
 }

@@ -149,6 +149,17 @@ class Selection {
     return std::min(end_of(choices), (choices.position(queries - 1) + 1) / shape_.block_size) - choices.begin();
   }
 
+  /// Whether bf16 keys lie as they are screened: row behind row (apart they would share few sets of a cache), and on
+  /// cache lines, which the rows of a tile would otherwise straddle at half the speed.
+  bool can_screen_in_place() const {
+    constexpr std::int64_t kLine = 64;
+    const ConstTensorView& keys = params_.k_idx;
+    if (!screen_.dot.is_bf16() || keys.dtype != DType::kBFloat16 || screen_.dim != shape_.index_dim) return false;
+    const std::int64_t page_bytes = params_.batch.is_paged ? keys.stride(0) * 2 : 0;
+    return core::KeyRows(keys, params_.batch).token_stride_bytes() == screen_.row_bytes() && page_bytes % kLine == 0 &&
+           reinterpret_cast<std::uintptr_t>(keys.data) % kLine == 0;
+  }
+
   /// Sequences with many rows: a chunk of queries a task.
   void select_many() {
     for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
@@ -162,10 +173,7 @@ class Selection {
     if (shape_.screen_blocks != 0) {
       const std::int64_t multiple = screen_.dot.dim_multiple();
       screen_.dim = (shape_.index_dim + multiple - 1) / multiple * multiple;
-      // Rows apart from each other would share few sets of a cache.
-      const core::KeyRows keys(params_.k_idx, params_.batch);
-      screen_.is_in_place = screen_.dot.is_bf16() && params_.k_idx.dtype == DType::kBFloat16 &&
-                            screen_.dim == shape_.index_dim && keys.token_stride_bytes() == screen_.row_bytes();
+      screen_.is_in_place = can_screen_in_place();
       shape_.screen_bytes = screen_.row_bytes();
       shape_.is_screened_in_place = screen_.is_in_place;
     }
