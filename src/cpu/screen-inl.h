@@ -504,14 +504,18 @@ class ScreenedChunk {
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
     float* bounds = lower_ + r * lower_stride_;
     const auto least = hn::Set(df, floor_[r]);
+    auto smallest = hn::Set(df, kInfinity);
+    bool is_placed = false;
     for (std::int64_t i = 0; i < slots_; i += lanes) {
-      const std::intptr_t at = hn::FindFirstTrue(df, hn::Eq(hn::LoadU(df, bounds + i), least));
-      if (at < 0) continue;
-      bounds[i + at] = lower;
-      break;
+      auto here = hn::LoadU(df, bounds + i);
+      const std::intptr_t at = is_placed ? -1 : hn::FindFirstTrue(df, hn::Eq(here, least));
+      if (at >= 0) {  // in a register: a vector cannot be loaded from behind the store of a lane without waiting for it
+        here = hn::IfThenElse(hn::Eq(hn::Iota(df, 0), hn::Set(df, static_cast<float>(at))), hn::Set(df, lower), here);
+        hn::StoreU(here, df, bounds + i);
+        is_placed = true;
+      }
+      smallest = hn::Min(smallest, here);
     }
-    auto smallest = hn::LoadU(df, bounds);
-    for (std::int64_t i = lanes; i < slots_; i += lanes) smallest = hn::Min(smallest, hn::LoadU(df, bounds + i));
     floor_[r] = hn::GetLane(hn::MinOfLanes(df, smallest));
   }
 
@@ -526,7 +530,7 @@ class ScreenedChunk {
         lost += selection_.limit(r) > 0;
         continue;
       }
-      drop(r);
+      if (counts_[r] > most) drop(r);
       if (counts_[r] > most) {
         give_up(r);
         ++lost;
