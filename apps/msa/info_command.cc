@@ -84,9 +84,14 @@ void print_info(InfoOptions o) {
                                    : has_bf16_dots ? "bf16, vdpbf16ps"
                                                    : "float32"},
                       {"float32, float16", "float32"}};
-  info["screening"] = has_int8_dots ? "int8 first, then the candidates exactly, in sequences of 128 rows and 6 topk "
-                                      "blocks or more; MSA_SCREEN=0 or 1 forces a path"
-                                    : "off: this instruction set has no int8 dot products; MSA_SCREEN=1 forces it";
+  std::string screening = "off: this instruction set has no int8 dot products; MSA_SCREEN=1 forces it";
+  if (has_int8_dots) {
+    screening = has_amx ? "bf16" : "int8";
+    screening +=
+        " first, then the candidates exactly, in sequences of 128 rows and 6 topk blocks or more; "
+        "MSA_SCREEN=0 or 1 forces a path";
+  }
+  info["screening"] = screening;
 
   if (o.json) {
     fmt::print("{}\n", info.dump(2));

@@ -31,6 +31,7 @@ void bf16_block_max_portable(const std::uint16_t* keys, std::int64_t key_stride,
                              std::int64_t dim, const std::uint16_t* rows, std::int64_t groups, const std::byte* next,
                              float* largest);
 #if defined(__x86_64__)
+/// The calling thread must hold AmxTiles.
 void bf16_block_max_amx(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count, std::int64_t dim,
                         const std::uint16_t* rows, std::int64_t groups, const std::byte* next, float* largest);
 #endif

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // See bf16_max.h: AMX tiles. tdpbf16ps multiplies a tile of 16 keys x 32 dimensions by one of 32 dimensions x 16 rows,
-// in 16 cycles; the 16 x 16 sums must then be stored to find the largest of each row, another 16. With the dimensions of
-// the reference geometries the rows stay in tile registers while the keys pass, and a tile is stored amid the products
-// of the next one, where the store waits for nothing (docs/select-blocks.md). Tested in tests/unit/screen_test.cc.
+// in 16 cycles; the 16 x 16 sums must then be stored to find the largest of each row, another 16. With the dimensions
+// of the reference geometries the rows stay in tile registers while the keys pass, and a tile is stored amid the
+// products of the next one, where the store waits for nothing (docs/select-blocks.md). Tested in
+// tests/unit/screen_test.cc.
 #if defined(__x86_64__)
 
 #include "src/cpu/bf16_max.h"
@@ -69,8 +70,8 @@ struct Keys {
   std::int64_t dim;
 };
 
-// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one before
-// is stored, and the one before that, which memory has by then, reduced.
+// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one
+// before is stored, and the one before that, which memory has by then, reduced.
 MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
   alignas(64) Sums even;
   alignas(64) Sums odd;
@@ -120,8 +121,8 @@ MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* row
   _mm512_storeu_ps(largest, tile_max(odd, tile_max(even, best)));
 }
 
-// 64 dimensions, two groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and 6, 7,
-// keys 2 and 3, sums 0 and 1.
+// 64 dimensions, two groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and 6,
+// 7, keys 2 and 3, sums 0 and 1.
 MSA_AMX_TARGET inline void max_of_64(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
   alignas(64) Sums sums0;
   alignas(64) Sums sums1;
@@ -186,7 +187,6 @@ MSA_AMX_TARGET inline void max_of_any(const Keys& keys, const std::uint16_t* row
 MSA_AMX_TARGET void bf16_block_max_amx(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count,
                                        std::int64_t dim, const std::uint16_t* rows, std::int64_t groups,
                                        const std::byte* next, float* largest) {
-  const AmxTiles tiles;
   const Keys block{keys, key_stride, key_count, dim};
   const std::int64_t passes = dim == 64 ? groups / 2 + groups % 2 : groups;
   Ahead ahead(next, key_count * key_stride * 2, passes * (key_count / kTileKeys));

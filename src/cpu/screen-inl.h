@@ -17,7 +17,9 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 
+#include "src/cpu/amx_tiles.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/select_blocks-inl.h"
 
@@ -359,7 +361,8 @@ class ScreenedChunk {
       std::fill(lower_ + r * lower_stride_, lower_ + r * lower_stride_ + slots_, -kInfinity);
       std::fill(lower_ + r * lower_stride_ + slots_, lower_ + (r + 1) * lower_stride_, kInfinity);
     }
-    const SquaredNorms norms = setup_.dot.is_bf16() ? round_query(r, query, can) : quantise_query(r, query, largest, can);
+    const SquaredNorms norms =
+        setup_.dot.is_bf16() ? round_query(r, query, can) : quantise_query(r, query, largest, can);
     if (!can) return;
     // Never 0, so that a block without bounds stays without them: 0 * inf is NaN.
     constexpr float kTiny = 0x1p-60f;
@@ -674,8 +677,8 @@ class ScreenedChunk {
   SharedBlocks shared_;
   std::int64_t padded_rows_;
   std::byte* row_keys_;
-  // A row each. The score of a block is, in int8, (largest - offset) * scale * its scale, and in bf16 largest; its error
-  // is spread * its error + slack * its norm.
+  // A row each. The score of a block is, in int8, (largest - offset) * scale * its scale, and in bf16 largest; its
+  // error is spread * its error + slack * its norm.
   float* scale_ = nullptr;
   float* spread_ = nullptr;         // at least |scale * q8|, |q16|
   float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|, the same of q16
@@ -695,6 +698,10 @@ class ScreenedChunk {
 inline HWY_ATTR void select_chunk_screened(const SelectBlocksParams& params, const SelectionLayout& layout,
                                            const ScreenSetup& setup, const SharedBlocks& shared,
                                            const QueryChunk& chunk, float* scratch, const TensorView& blocks) {
+#if HWY_TARGET == HWY_AVX3
+  std::optional<AmxTiles> tiles;
+  if (setup.dot.needs_amx_tiles) tiles.emplace();
+#endif
   SelectionChunk selection(params, layout, chunk, scratch, blocks);
   ScreenedChunk(selection, params, layout, setup, shared, scratch).run();
 }

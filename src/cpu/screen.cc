@@ -43,11 +43,12 @@ ScreenDot active_screen_dot(Screening screening) {
   dot.is_fast = products != DotProducts::kNone;
   if (products == DotProducts::kAmx) {
     dot.bf16 = bf16_block_max_amx;
+    dot.needs_amx_tiles = true;
   } else if (dot.is_fast) {
     dot.int8 = int8_block_max_avx512;
   }
 #endif
-  if (screening == Screening::kAlwaysBf16 && !dot.is_bf16()) return {nullptr, bf16_block_max_portable, false};
+  if (screening == Screening::kAlwaysBf16 && !dot.is_bf16()) return {.bf16 = bf16_block_max_portable};
   if (products == DotProducts::kNone) dot.int8 = int8_block_max_portable;
   return dot;
 }

@@ -16,7 +16,7 @@ namespace msa::cpu {
 enum class Screening {
   kAuto,  ///< where it is expected to pay
   kNever,
-  kAlways,  ///< also where it does not pay, on the plainest instruction set too
+  kAlways,      ///< also where it does not pay, on the plainest instruction set too
   kAlwaysBf16,  ///< as kAlways, with products of bf16 whatever the instruction set: for tests
 };
 
@@ -31,6 +31,7 @@ Screening active_screening();
 struct ScreenDot {
   Int8BlockMax int8 = nullptr;
   Bf16BlockMax bf16 = nullptr;
+  bool needs_amx_tiles = false;
   bool is_fast = false;  ///< whether it beats products in float by so much that screening pays
 
   bool is_bf16() const { return bf16 != nullptr; }
@@ -61,9 +62,9 @@ class Balance {
 /// How a call screens.
 struct ScreenSetup {
   ScreenDot dot;
-  Balance balance;            ///< int8 only
-  std::int64_t dim = 0;       ///< the index dimension, padded to what the products take; 0: no screening
-  bool is_in_place = false;   ///< the keys are bf16 and lie as the products read them: nothing is copied
+  Balance balance;           ///< int8 only
+  std::int64_t dim = 0;      ///< the index dimension, padded to what the products take; 0: no screening
+  bool is_in_place = false;  ///< the keys are bf16 and lie as the products read them: nothing is copied
 
   std::int64_t row_bytes() const { return dim * dot.element_bytes(); }
 };

@@ -187,8 +187,8 @@ class Selection {
     std::vector<QueryChunk> chunks = cut_queries(params_.batch, plan.chunk);
     std::erase_if(chunks, [&](const QueryChunk& c) { return !is_many_[static_cast<std::size_t>(c.sequence)]; });
 
-    core::Buffer<std::byte> shared_keys(
-        static_cast<std::size_t>(screen_.is_in_place ? 0 : plan.shared_blocks * shape_.block_size * screen_.row_bytes()));
+    core::Buffer<std::byte> shared_keys(static_cast<std::size_t>(
+        screen_.is_in_place ? 0 : plan.shared_blocks * shape_.block_size * screen_.row_bytes()));
     core::Buffer<BlockBounds> shared_bounds(static_cast<std::size_t>(plan.shared_blocks));
     if (screen_.dim != 0 && !screen_.dot.is_bf16()) balance_channels(scratch_of(0) + layout.keys);
     const std::vector<SharedBlocks> shared =
@@ -200,7 +200,8 @@ class Selection {
       const Choices choices = choices_of(chunk.sequence);
       const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
       if (should_screen(rows, choices.end(chunk.end - 1) - choices.begin())) {
-        select_screened(params_, layout, screen_, shared[static_cast<std::size_t>(chunk.sequence)], chunk, scratch_of(worker), blocks_);
+        select_screened(params_, layout, screen_, shared[static_cast<std::size_t>(chunk.sequence)], chunk,
+                        scratch_of(worker), blocks_);
       } else {
         select(params_, layout, chunk, scratch_of(worker), blocks_);
       }
@@ -251,7 +252,7 @@ class Selection {
       const std::int64_t count = std::min(count_screened(s), plan.shared_blocks - used);
       if (count <= 0) continue;
       shared[static_cast<std::size_t>(s)] = {screen_.is_in_place ? nullptr : keys + used * block_bytes, bounds + used,
-                                              choices.begin(), count};
+                                             choices.begin(), count};
       for (std::int64_t b = 0; b < count; b += span) {
         tasks.push_back({s, choices.begin() + b, choices.begin() + std::min(count, b + span), used + b});
       }

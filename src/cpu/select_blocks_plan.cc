@@ -3,6 +3,7 @@
 #include "src/cpu/select_blocks_plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/screen.h"
@@ -10,6 +11,23 @@
 #include "src/cpu/topk.h"
 
 namespace msa::cpu {
+namespace {
+
+// Queries of a screened chunk. Screened rows are small, and every chunk reads all keys: 512 rows a chunk, as long as
+// that leaves two chunks a thread, else half as many chunks; all of a size, since three for two threads would take as
+// long as four. Rows fill pairs of 16, as they are multiplied.
+std::int64_t screened_chunk(const SelectionShape& shape, int threads) {
+  constexpr std::int64_t kRows = 512;
+  constexpr std::int64_t kPair = 2 * kInt8Rows;
+  const std::int64_t rows = shape.queries.total * shape.kv_heads;
+  std::int64_t tasks = std::max<std::int64_t>((rows + kRows - 1) / kRows, threads * (rows >= threads * kRows ? 2 : 1));
+  tasks = (tasks + threads - 1) / threads * threads;
+  const std::int64_t chunk = (shape.queries.total + tasks - 1) / tasks;
+  const std::int64_t pair = kPair / std::gcd(kPair, shape.kv_heads);  // queries
+  return std::max<std::int64_t>(1, chunk > pair ? (chunk + pair - 1) / pair * pair : chunk);
+}
+
+}  // namespace
 
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk) {
   const std::int64_t rows = padded_columns(chunk * shape.kv_heads);
@@ -40,15 +58,11 @@ SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chun
 
 SelectionPlan plan_selection(const std::string& op, const SelectionShape& shape, int threads,
                              std::size_t workspace_limit) {
-  // Every block passes all rows of the chunk. Unscreened they are floats, and should lie in half an L2 cache. Screened
-  // they are bytes and matter little; more rows let more of them share a block that is rescored.
+  // Every block passes all rows of the chunk. Unscreened they are floats, and should lie in half an L2 cache.
   const std::int64_t state = std::int64_t{1} << 17;  // floats
-  const std::int64_t wanted =
-      shape.screen_bytes != 0 ? 512 / shape.kv_heads : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
-  // Two large tasks a thread are better than four small ones: the rows of a block that is rescored then fill whole
-  // strips.
-  const bool is_plenty = shape.screen_bytes != 0 && shape.queries.total >= 2 * threads * wanted;
-  const std::int64_t least = std::max<std::int64_t>(1, is_plenty ? wanted : kStripRows / shape.kv_heads);
+  const std::int64_t wanted = shape.screen_bytes != 0 ? screened_chunk(shape, threads)
+                                                      : state / (shape.kv_heads * (shape.index_dim + 2 * shape.topk));
+  const std::int64_t least = std::max<std::int64_t>(1, shape.screen_bytes != 0 ? wanted : kStripRows / shape.kv_heads);
   SelectionPlan plan;
   static_cast<ChunkPlan&>(plan) =
       plan_chunks(op, shape.queries, 1, std::max(least, wanted), least, threads, workspace_limit,

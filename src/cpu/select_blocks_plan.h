@@ -28,9 +28,9 @@ struct SelectionShape {
   std::int64_t index_dim = 0;
   std::int64_t block_size = 0;
   std::int64_t topk = 0;
-  std::int64_t screen_bytes = 0;    ///< of a row as it is screened; 0: no screening
+  std::int64_t screen_bytes = 0;      ///< of a row as it is screened; 0: no screening
   bool is_screened_in_place = false;  ///< keys are screened where they lie, without a copy
-  std::int64_t screen_blocks = 0;   ///< blocks whose bounds and copies tasks could share
+  std::int64_t screen_blocks = 0;     ///< blocks whose bounds and copies tasks could share
 };
 
 /// As AttentionLayout, for a chunk of select_blocks.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Screened selection against the unscreened one, which it must equal bit for bit on any input: random shapes, and
 // inputs made to break an error bound (outlier channels, ties, ranges far below the rounding, subnormals, NaN,
-// infinities, huge values). Also the int8 products against their definition, and the running top-k against sorting.
+// infinities, huge values), in the arithmetic of each instruction set and in bf16. Also the products against their
+// definitions, and the running top-k against sorting.
 #include "src/cpu/screen.h"
 
 #include <gtest/gtest.h>
@@ -9,13 +10,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/core/buffer.h"
+#include "src/core/float_convert.h"
+#include "src/cpu/amx_tiles.h"
 #include "src/cpu/dot_products.h"
 #include "src/cpu/int8_dot.h"
 #include "src/cpu/topk.h"
@@ -47,12 +54,46 @@ void expect_screening_changes_nothing(const SelectBlocksParams& params) {
   for_each_target(Targets::kCpu, [&](Context context) {
     const Tensor expected = select(context, params, cpu::Screening::kNever);
     expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlways), expected);
+    expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlwaysBf16), expected);
     expect_same_bytes("blocks", select(context, params, cpu::Screening::kAuto), expected);
     context.threads = 1;
     context.workspace_limit = std::size_t{1} << 20;  // nearly nothing shared
     expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlways), expected);
+    expect_same_bytes("blocks", select(context, params, cpu::Screening::kAlwaysBf16), expected);
   });
 }
+
+/// A copy of a tensor row behind row, on a cache line or `offset` elements off one.
+class Compact {
+ public:
+  Compact(const ConstTensorView& from, std::int64_t offset = 0) : dtype_(from.dtype), offset_(offset) {
+    for (int d = 0; d < from.rank; ++d) shape_.push_back(from.size(d));
+    const std::int64_t columns = shape_.back();
+    const std::int64_t planes = from.rank == 3 ? shape_[0] : 1;
+    const std::int64_t rows = shape_[shape_.size() - 2];
+    const auto bytes = static_cast<std::int64_t>(dtype_size(dtype_));
+    memory_ =
+        std::make_unique<core::Buffer<std::byte>>(static_cast<std::size_t>((offset + planes * rows * columns) * bytes));
+    for (std::int64_t i = 0; i < planes; ++i) {
+      for (std::int64_t j = 0; j < rows; ++j) {
+        const std::int64_t at = from.rank == 3 ? i * from.stride(0) + j * from.stride(1) : j * from.stride(0);
+        std::memcpy(memory_->data() + (offset + (i * rows + j) * columns) * bytes, from.data + at * bytes,
+                    static_cast<std::size_t>(columns * bytes));
+      }
+    }
+  }
+  ConstTensorView view() const {
+    const std::byte* data = memory_->data() + offset_ * static_cast<std::int64_t>(dtype_size(dtype_));
+    return shape_.size() == 3 ? make_view(data, dtype_, {shape_[0], shape_[1], shape_[2]})
+                              : make_view(data, dtype_, {shape_[0], shape_[1]});
+  }
+
+ private:
+  DType dtype_;
+  std::int64_t offset_;
+  std::vector<std::int64_t> shape_;
+  std::unique_ptr<core::Buffer<std::byte>> memory_;
+};
 
 // What tokens are made of.
 enum class Kind {
@@ -72,10 +113,12 @@ enum class Kind {
   kNanTokens,
   kInfiniteTokens,
   kNanQueries,
-  kSinks,   // few blocks far above the others
-  kSparse,  // mostly zeros
+  kSinks,     // few blocks far above the others
+  kSparse,    // mostly zeros
+  kPermuted,  // equal but for the order in which they are summed
+  kFlushed,   // subnormal elements that meet large ones
 };
-constexpr int kKinds = static_cast<int>(Kind::kSparse) + 1;
+constexpr int kKinds = static_cast<int>(Kind::kFlushed) + 1;
 
 void fill(Problem& problem, Kind kind, Random& random) {
   Tensor& q = problem.q_idx;
@@ -167,6 +210,24 @@ void fill(Problem& problem, Kind kind, Random& random) {
       each(k, [&](std::int64_t, std::int64_t) { return some(30) ? normal(random) : 0.0; });
       each(q, [&](std::int64_t, std::int64_t) { return some(4) ? normal(random) : 0.0; });
       break;
+    case Kind::kPermuted: {
+      // Queries of one value: the exact scores of all keys are one, and only the roundings of a chain tell blocks
+      // apart.
+      std::vector<double> key(static_cast<std::size_t>(k.size(1)));
+      for (double& value : key) value = normal(random);
+      each(q, [&](std::int64_t i, std::int64_t) { return 1.0 + static_cast<double>(i % 5); });
+      for (std::int64_t i = 0; i < k.size(0); ++i) {
+        if (i % block_size % 8 == 0) std::shuffle(key.begin(), key.end(), random);
+        for (std::int64_t d = 0; d < k.size(1); ++d) k.set(key[static_cast<std::size_t>(d)], i, d);
+      }
+      break;
+    }
+    case Kind::kFlushed:
+      each(k, [&](std::int64_t, std::int64_t d) {
+        return d % 2 == 0 ? normal(random) * 0x1p-38 : some(20) ? normal(random) * 0x1p-128 : 0.0;
+      });
+      each(q, [&](std::int64_t, std::int64_t d) { return normal(random) * (d % 2 == 0 ? 0x1p-38 : 0x1p38); });
+      break;
   }
 }
 
@@ -204,6 +265,31 @@ TEST_P(ScreenedSelection, EqualsTheUnscreenedOne) {
       expect_screening_changes_nothing(paged.select_params());
     }
   }
+}
+
+TEST_P(ScreenedSelection, InPlaceEqualsTheUnscreenedOne) {
+  const auto kind = static_cast<Kind>(GetParam());
+  Random random(77 + static_cast<std::uint64_t>(GetParam()));
+  // One more block size for each loop over tiles: 128 dimensions, 64, any.
+  const auto [dim, block_size] = std::vector<std::pair<std::int64_t, std::int64_t>>{
+      {128, 32}, {64, 16}, {96, 16}, {64, 64}, {128, 16}}[static_cast<std::size_t>(GetParam()) % 5];
+  Case c;
+  c.geometry = {3, 3, 16, 16, dim, block_size, 5};
+  c.lengths = {{45, 50 + block_size * 60}, {1, 40 + block_size * 20}};
+  c.dtype = c.index_dtype = DType::kBFloat16;
+  Problem problem(c);
+  fill(problem, kind, random);
+  SelectBlocksParams params = problem.select_params();
+  for (const std::int64_t offset : {0, 8}) {  // on cache lines, where keys are not copied, and off them
+    const Compact keys(problem.k_idx.view(), offset);
+    params.k_idx = keys.view();
+    expect_screening_changes_nothing(params);
+  }
+  const PagedProblem paged(problem, block_size * 2);
+  SelectBlocksParams paged_params = paged.select_params();
+  const Compact pages(paged_params.k_idx);
+  paged_params.k_idx = pages.view();
+  expect_screening_changes_nothing(paged_params);
 }
 
 TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
@@ -305,6 +391,61 @@ TEST(Int8Dot, EqualsItsDefinition) {
             kernel.run(keys.data(), key_count, dim, rows.data(), groups, actual.data());
             ASSERT_EQ(actual, expected) << kernel.name << ", " << key_count << " keys, dim " << dim << ", " << groups
                                         << " groups";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Bf16Max, IsTheLargestDotProduct) {
+  std::vector<std::pair<std::string, cpu::Bf16BlockMax>> kernels = {{"portable", cpu::bf16_block_max_portable}};
+#if defined(__x86_64__)
+  std::optional<cpu::AmxTiles> tiles;
+  if (cpu::detect_dot_products() == cpu::DotProducts::kAmx) {
+    tiles.emplace();
+    kernels.emplace_back("amx", cpu::bf16_block_max_amx);
+  }
+#endif
+  Random random(3);
+  std::normal_distribution<float> normal;
+  for (const std::int64_t key_count : {16, 32, 48, 64, 128, 256}) {
+    for (const std::int64_t dim : {32, 64, 96, 128, 160, 256}) {
+      for (const std::int64_t groups : {1, 2, 3, 8}) {
+        const std::int64_t stride = dim + (key_count == 48 ? 32 : 0);
+        core::Buffer<std::uint16_t> keys(static_cast<std::size_t>(key_count * stride));
+        core::Buffer<std::uint16_t> rows(static_cast<std::size_t>(groups * 16 * dim));
+        for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = core::float_to_bf16(normal(random));
+        for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = core::float_to_bf16(normal(random));
+        std::vector<double> expected;
+        std::vector<double> bounds;
+        for (std::int64_t r = 0; r < groups * 16; ++r) {
+          double largest = -kInfinity;
+          double bound = 0;
+          for (std::int64_t j = 0; j < key_count; ++j) {
+            double sum = 0;
+            double magnitude = 0;
+            for (std::int64_t d = 0; d < dim; ++d) {
+              const auto at = static_cast<std::size_t>(cpu::bf16_row_offset(r, dim) + d / 2 * 32 + d % 2);
+              const double product =
+                  static_cast<double>(core::bf16_to_float(rows[at])) *
+                  static_cast<double>(core::bf16_to_float(keys[static_cast<std::size_t>(j * stride + d)]));
+              sum += product;
+              magnitude += std::abs(product);
+            }
+            largest = std::max(largest, sum);
+            bound = std::max(bound, magnitude * static_cast<double>(dim) * 0x1p-24);
+          }
+          expected.push_back(largest);
+          bounds.push_back(bound);
+        }
+        for (const auto& [name, run] : kernels) {
+          std::vector<float> actual(static_cast<std::size_t>(groups * 16), std::numeric_limits<float>::quiet_NaN());
+          run(keys.data(), stride, key_count, dim, rows.data(), groups,
+              groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()), actual.data());
+          for (std::size_t r = 0; r < actual.size(); ++r) {
+            ASSERT_NEAR(static_cast<double>(actual[r]), expected[r], bounds[r])
+                << name << ", " << key_count << " keys, dim " << dim << ", " << groups << " groups, row " << r;
           }
         }
       }
