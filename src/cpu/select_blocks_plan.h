@@ -54,9 +54,10 @@ struct SelectionLayout {
 };
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
 
-/// Candidates a row may have left after a pruning; one with more is not screened further. On random keys about three
-/// times topk are left (docs/select-blocks.md).
-constexpr std::int64_t candidate_limit(std::int64_t topk) { return 4 * topk + 64; }
+/// Candidates a row may have left after a pruning; one with more is not screened further. On random keys int8 leaves
+/// three times topk of a row at its end and up to nine times on the way: a limit that one row in a hundred passes costs
+/// as much as those rows of sixteen do unscreened (docs/select-blocks.md).
+constexpr std::int64_t candidate_limit(std::int64_t topk) { return 12 * topk + 64; }
 /// Room of a row's list: what a pruning leaves, the blocks until the next one, and a partial block at the end.
 constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kPruneBlocks + 1; }
 
