@@ -298,6 +298,7 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
   const core::KeyRows key_rows(params.k_idx, params.batch);
   load_query_rows(params.q_idx, sequence.query_begin, sequence.queries, 0, groups, queries);
   const std::int64_t last_position = choices.position(sequence.queries - 1);
+  const std::int64_t token_bytes = key_rows.token_stride_bytes();
   for (std::int64_t b = first; b < last; ++b) {
     const std::int64_t begin = b * params.block_size;
     const std::int64_t count = std::min(params.block_size, last_position + 1 - begin);
@@ -305,8 +306,12 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
     for (std::int64_t j = 0; j < count; j += kStripRows) {
       const std::int64_t here = std::min(kStripRows, count - j);
       const std::byte* from[kStripRows];
-      for (std::int64_t i = 0; i < here; ++i) from[i] = key_rows.row(sequence.index, begin + j + i);
-      pack_strip(from, here, params.k_idx.dtype, dim, keys);
+      for (std::int64_t i = 0; i < here; ++i) {  // 16 rows never straddle pages: a page is a multiple of 16 tokens
+        from[i] = i % 16 == 0 ? key_rows.row(sequence.index, begin + j + i) : from[i - 1] + token_bytes;
+      }
+      // Hardware prefetchers stop at the end of every 4 KiB: a strip or two.
+      const std::int64_t ahead = begin + j + 2 * kStripRows <= last_position ? kStripRows * token_bytes : 0;
+      pack_strip(from, here, params.k_idx.dtype, dim, keys, ahead);
       product(rows, padded_columns(here), dim, queries, dim, 1, keys, kStripRows, scores + j, stride, Sums::kReplace);
     }
     for (std::int64_t r = 0; r < rows; ++r) {

@@ -9,6 +9,8 @@
 #define MSA_CPU_STRIP_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -60,19 +62,17 @@ HWY_INLINE HWY_ATTR void transpose16(WordVec* HWY_RESTRICT v) {
   unroll<16>([&](auto i) HWY_ATTR { v[i] = t[i]; });
 }
 
-/// float8 numbers in the low bytes of 16-bit lanes as bf16, which every one of them is; their signs are given as bit 15
-/// of `signs`. The magnitude plus one makes NaN 0 and subnormals 1 to 8: one comparison and one table serve both; the
-/// others get their exponent by an addition.
-HWY_INLINE HWY_ATTR __m512i f8_to_bf16(__m512i bytes, __m512i signs) {
-  const __m512i next = _mm512_and_si512(_mm512_add_epi16(bytes, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7f));
-  const __m512i table = _mm512_castsi128_si512(  // NaN, then k * 2^-9
-      _mm_setr_epi16(0x7fc0, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40));
-  const __m512i last = _mm512_inserti32x4(table, _mm_setr_epi16(0x3c60, 0, 0, 0, 0, 0, 0, 0), 1);
-  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(next, 4), _mm512_set1_epi16((120 << 7) - 16));
-  const __mmask32 is_special = _mm512_cmple_epu16_mask(next, _mm512_set1_epi16(8));
-  const __m512i magnitude = _mm512_mask_permutexvar_epi16(normal, is_special, next, last);
-  constexpr int kOrAnd = 0xf8;  // a | (b & c)
-  return _mm512_ternarylogic_epi32(magnitude, signs, _mm512_set1_epi16(INT16_MIN), kOrAnd);
+/// float8 numbers other than NaN, in the high bytes of 16-bit lanes, as bf16: an arithmetic shift moves the number and
+/// keeps its sign, one addition sets the exponent. Subnormals take what is added from a table, by the same numbers in the
+/// low bytes.
+HWY_INLINE HWY_ATTR __m512i f8_to_bf16(__m512i high, __m512i low) {
+  const __m512i number = _mm512_and_si512(_mm512_srai_epi16(high, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
+  const __mmask32 is_subnormal = _mm512_testn_epi16_mask(number, _mm512_set1_epi16(0x780));
+  constexpr auto from = [](int value, int k) { return static_cast<short>(value - (k << 4)); };  // k * 2^-9, less the number
+  const __m512i table = _mm512_castsi128_si512(_mm_setr_epi16(0, from(0x3b00, 1), from(0x3b80, 2), from(0x3bc0, 3),
+                                                              from(0x3c00, 4), from(0x3c20, 5), from(0x3c40, 6),
+                                                              from(0x3c60, 7)));
+  return _mm512_add_epi16(number, _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(120 << 7), is_subnormal, low, table));
 }
 
 /// Stores the two bf16 numbers of every word as columns of floats.
@@ -83,30 +83,50 @@ HWY_INLINE HWY_ATTR void store_pair(WordVec pairs, float* HWY_RESTRICT low, floa
   hn::Store(hn::BitCast(df, hn::And(pairs, hn::Set(d, 0xffff0000u))), df, high);
 }
 
+/// Bytes [at, at + dim) of rows rows[0, 16) of float8 into columns [0, 16) of a strip, any of them NaN.
+inline HWY_NOINLINE HWY_ATTR void pack16_one_by_one(const std::byte* const* rows, std::int64_t at, std::int64_t dim,
+                                                    float* HWY_RESTRICT strip) {
+  alignas(64) float wide[64];
+  for (std::int64_t i = 0; i < 16; ++i) {
+    load_row(rows[i] + at, DType::kFloat8E4M3, dim, wide);
+    for (std::int64_t d = 0; d < dim; ++d) strip[d * kStripRows + i] = wide[d];
+  }
+}
+
 /// Rows rows[0, 16) of float8 into columns [0, 16) of a strip: a word holds four dimensions, so that they are turned
 /// before they are widened.
-HWY_INLINE HWY_ATTR void pack16_f8(const std::byte* const* rows, std::int64_t dim, float* HWY_RESTRICT strip) {
+inline HWY_NOINLINE HWY_ATTR void pack16_f8(const std::byte* const* rows, std::int64_t ahead, std::int64_t dim,
+                                   float* HWY_RESTRICT strip) {
   WordVec v[16];
   for (std::int64_t at = 0; at < dim; at += 64) {
     const std::int64_t words = std::min<std::int64_t>(64, dim - at) / 4;
     const auto mask = static_cast<__mmask16>((1u << words) - 1);
-    unroll<16>([&](auto i) HWY_ATTR { v[i] = WordVec{_mm512_maskz_loadu_epi32(mask, rows[i] + at)}; });
-    transpose16(v);
+    unroll<16>([&](auto i) HWY_ATTR {
+      v[i] = WordVec{_mm512_maskz_loadu_epi32(mask, rows[i] + at)};
+      hwy::Prefetch(rows[i] + at + ahead);
+    });
+    __m512i largest = _mm512_setzero_si512();  // of the bytes times two: without their signs
+    unroll<16>([&](auto i) HWY_ATTR { largest = _mm512_max_epu8(largest, _mm512_add_epi8(v[i].raw, v[i].raw)); });
     float* to = strip + at * kStripRows;
-    for (std::int64_t i = 0; i < words; ++i) {
-      const __m512i even = f8_to_bf16(v[i].raw, _mm512_slli_epi16(v[i].raw, 8));
-      const __m512i odd = f8_to_bf16(_mm512_srli_epi16(v[i].raw, 8), v[i].raw);
-      store_pair(WordVec{even}, to, to + 2 * kStripRows);
-      store_pair(WordVec{odd}, to + kStripRows, to + 3 * kStripRows);
-      to += 4 * kStripRows;
+    if (_mm512_cmpgt_epu8_mask(largest, _mm512_set1_epi8(static_cast<char>(2 * 0x7e))) != 0) {
+      pack16_one_by_one(rows, at, 4 * words, to);
+      continue;
     }
+    transpose16(v);
+    unroll<16>([&](auto i) HWY_ATTR {
+      if (i >= words) return;
+      const __m512i bytes = v[i].raw;
+      float* HWY_RESTRICT four = to + 4 * i * kStripRows;
+      store_pair(WordVec{f8_to_bf16(_mm512_slli_epi16(bytes, 8), bytes)}, four, four + 2 * kStripRows);
+      store_pair(WordVec{f8_to_bf16(bytes, _mm512_srli_epi16(bytes, 8))}, four + kStripRows, four + 3 * kStripRows);
+    });
   }
 }
 
-/// Rows rows[0, 16) into columns [0, 16) of a strip.
-HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::int64_t dim,
+/// Rows rows[0, 16) into columns [0, 16) of a strip. Not inlined: 16 vectors and what turns them need every register.
+inline HWY_NOINLINE HWY_ATTR void pack16(const std::byte* const* rows, std::int64_t ahead, DType dtype, std::int64_t dim,
                                 float* HWY_RESTRICT strip) {
-  if (dtype == DType::kFloat8E4M3) return pack16_f8(rows, dim, strip);
+  if (dtype == DType::kFloat8E4M3) return pack16_f8(rows, ahead, dim, strip);
   const FloatTag df;
   const WordTag d;
   WordVec v[16];
@@ -138,13 +158,17 @@ HWY_INLINE HWY_ATTR void pack16(const std::byte* const* rows, DType dtype, std::
 }
 
 /// Rows rows[0, count), count in [1, kStripRows], into a strip aligned to cache lines. The columns up to
-/// padded_columns(count) repeat the last row.
+/// padded_columns(count) repeat the last row. What will be packed next lies `ahead` bytes behind, 0 if unknown.
 inline HWY_ATTR void pack_strip(const std::byte* const* rows, std::int64_t count, DType dtype, std::int64_t dim,
-                                float* HWY_RESTRICT strip) {
+                                float* HWY_RESTRICT strip, std::int64_t ahead = 0) {
   for (std::int64_t i = 0; i < count; i += 16) {
+    if (i + 16 <= count) {
+      pack16(rows + i, ahead, dtype, dim, strip + i);
+      continue;
+    }
     const std::byte* sixteen[16];
     for (std::int64_t n = 0; n < 16; ++n) sixteen[n] = rows[std::min(i + n, count - 1)];
-    pack16(sixteen, dtype, dim, strip + i);
+    pack16(sixteen, ahead, dtype, dim, strip + i);
   }
 }
 
@@ -152,7 +176,7 @@ inline HWY_ATTR void pack_strip(const std::byte* const* rows, std::int64_t count
 
 /// As above.
 inline HWY_ATTR void pack_strip(const std::byte* const* rows, std::int64_t count, DType dtype, std::int64_t dim,
-                                float* HWY_RESTRICT strip) {
+                                float* HWY_RESTRICT strip, std::int64_t = 0) {
   constexpr std::int64_t kRowsAtOnce = 4;  // what `transpose` takes at a time
   alignas(64) float wide[kRowsAtOnce * kMaxHeadDim];
   for (std::int64_t i = 0; i < padded_columns(count); i += kRowsAtOnce) {

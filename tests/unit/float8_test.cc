@@ -3,9 +3,11 @@
 // for bit what they give on the same numbers in a wider type, on every backend and instruction set.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "msa/error.h"
 #include "src/cache/paged_cache.h"
@@ -104,6 +106,40 @@ TEST(Float8Rules, EveryNumberIsRead) {
       for (int i = 0; i < 256; ++i) {
         EXPECT_EQ(got.out.at(i / 16, 0, i % 16), rounded.narrow.v.at(i / 16, 0, i % 16)) << i;
       }
+    });
+  }
+}
+
+TEST(Float8Rules, EveryIndexKeyIsRead) {
+  // Windows of eight neighbours in the order of their values, NaN the least, each the one number of a block, of which
+  // the query chooses four: two numbers next to each other are told apart by one of them.
+  std::vector<int> order;
+  for (int i = 0; i < 256; ++i) order.push_back(i);
+  const auto rank = [](int bits) {
+    const float value = f8_to_float(static_cast<std::uint8_t>(bits));
+    return std::isnan(value) ? -1e9f : value;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return rank(a) < rank(b); });
+  for (const std::int64_t dim : {16, 48, 80, 128}) {
+    Case c{{1, 1, 16, 16, dim, 16, 4}, {}};
+    for (int i = 0; i + 8 <= 256; ++i) c.lengths.push_back({1, 8 * 16});
+    Problem narrow(c);
+    narrow.k_idx = narrow.k_idx.as(DType::kFloat8E4M3);
+    narrow.local_blocks = 0;
+    for (std::int64_t s = 0; s < narrow.sequences(); ++s) {
+      const std::int64_t place = s % 16, at = (s * 7) % dim;
+      for (std::int64_t d = 0; d < dim; ++d) narrow.q_idx.set(d == at ? 1.0 : 0.0, s, 0, d);
+      for (std::int64_t j = 0; j < 8 * 16; ++j) {
+        const bool is_number = j % 16 == place;
+        const int bits = is_number ? order[static_cast<std::size_t>(s + j / 16)] : 0x7f;
+        for (std::int64_t d = 0; d < dim; ++d) {
+          narrow.k_idx.set(d == at ? f8_to_float(static_cast<std::uint8_t>(bits)) : 0.0, s * 8 * 16 + j, d);
+        }
+      }
+    }
+    narrow.select();
+    for_each_target(Targets::kAll, [&](const Context& context) {
+      expect_same_bytes("blocks", run_select(context, narrow.select_params()), narrow.blocks);
     });
   }
 }
