@@ -89,10 +89,14 @@ inline HWY_ATTR __mmask32 first_of_32(std::int64_t count) {
 inline HWY_ATTR void pack_keys(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head, std::int64_t first,
                                std::int64_t count, std::int64_t head_dim, std::uint16_t* out, std::int64_t out_stride) {
   auto* words = reinterpret_cast<std::uint32_t*>(out);
+  const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(keys.dtype()));
   for (std::int64_t j = 0; j < count; j += 16) {
     const std::byte* row[16];
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
+    if (j + 16 < count) {
+      for (std::int64_t i = 0; i < 16; ++i) prefetch_ahead(row[i], 16 * keys.token_stride_bytes(), row_bytes);
+    }
     for (std::int64_t d = 0; d < head_dim; d += 32) {
       const __mmask32 mask = first_of_32(head_dim - d);
       __m512i r[16];
@@ -113,11 +117,17 @@ inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t seque
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(values.dtype()));
+  constexpr std::int64_t kAhead = 16;  // keys: the lines of 8 pairs, as many as a core can wait for
   __mmask32 special = 0;  // all exponent bits set: infinity or NaN
   for (std::int64_t j = 0; j < padded_inner(count); j += 2) {
     std::uint16_t* to = out + j / 2 * out_stride;
     const std::byte* even = j < count ? values.row(sequence, first + j, head) : nullptr;
     const std::byte* odd = j + 1 < count ? values.row(sequence, first + j + 1, head) : nullptr;
+    if (j + kAhead + 1 < count) {
+      prefetch_ahead(even, kAhead * values.token_stride_bytes(), row_bytes);
+      prefetch_ahead(odd, kAhead * values.token_stride_bytes(), row_bytes);
+    }
     for (std::int64_t e = 0; e < value_dim; e += 32) {
       const __mmask32 mask = first_of_32(value_dim - e);
       const __m512i a = even != nullptr ? load_as_bf16(even, values.dtype(), e, mask) : _mm512_setzero_si512();

@@ -34,6 +34,12 @@ inline void prefetch_row(const core::KeyRows& rows, DType dtype, std::int64_t se
   for (std::int64_t at = 0; at < bytes; at += kLine) hwy::Prefetch(row + at);
 }
 
+/// Asks for `bytes` bytes that lie `ahead` bytes behind a row; the address need not hold anything.
+HWY_INLINE void prefetch_ahead(const std::byte* row, std::int64_t ahead, std::int64_t bytes) {
+  constexpr std::int64_t kLine = 64;
+  for (std::int64_t at = 0; at < bytes; at += kLine) hwy::Prefetch(row + ahead + at);
+}
+
 /// out[d * out_stride + j] = element d of key first + j, j < count; the columns up to padded_columns(count) become 0.
 inline HWY_ATTR void load_keys_transposed(const core::KeyRows& keys, DType dtype, std::int64_t sequence,
                                           std::int64_t head, std::int64_t first, std::int64_t count,
