@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plans and starts select_blocks on the instruction set in use; how it works: select_blocks-inl.h and screen-inl.h.
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "src/cpu/screen-inl.h"
+#define HWY_TARGET_INCLUDE "src/cpu/few_rows-inl.h"
 // clang-format off: every set is compiled by this include, the last one by the next.
 #include "src/cpu/targets.h"
-#include "src/cpu/screen-inl.h"
+#include "src/cpu/few_rows-inl.h"
 // clang-format on
 
 #if HWY_ONCE
@@ -14,6 +14,8 @@
 
 #include "src/core/buffer.h"
 #include "src/core/threads.h"
+#include "src/cpu/bf16_dot.h"
+#include "src/cpu/few_rows.h"
 #include "src/cpu/instruction_set.h"
 #include "src/cpu/operators.h"
 #include "src/cpu/screen.h"
@@ -30,6 +32,9 @@ HWY_EXPORT(measure_query);
 HWY_EXPORT(quantise_blocks);
 HWY_EXPORT(score_span);
 HWY_EXPORT(select_scored_row);
+HWY_EXPORT(screen_span);
+HWY_EXPORT(mark_doubtful);
+HWY_EXPORT(select_screened_row);
 
 // Screening quantises the keys and leaves some of the blocks to be scored: below these it does not pay
 // (docs/select-blocks.md).
@@ -65,25 +70,65 @@ class Selection {
     return queries == 0 ? 0 : std::max(choices.begin(), choices.end(queries - 1));
   }
 
-  /// Sequences with few rows: a pass that scores blocks, a span of them a task, and one that ranks.
+  struct Few {
+    std::int64_t sequence = 0;
+    std::int64_t rows = 0;
+    std::int64_t begin = 0;
+    std::int64_t blocks = 0;
+    std::int64_t whole_end = 0;  // blocks below are seen whole by all rows; screened: the others are not
+    bool is_screened = false;
+    float* scores = nullptr;      // [rows, stride()]
+    float* magnitudes = nullptr;  // [stride()]
+    std::uint8_t* doubtful = nullptr;  // [stride()]
+
+    std::int64_t stride() const { return (blocks + 15) / 16 * 16; }  // whole vectors
+    std::int64_t score_floats() const { return (rows + (is_screened ? 2 : 0)) * stride(); }
+    float* row(std::int64_t r) const { return scores + r * stride(); }
+  };
+
+  /// A sequence as its few rows see it.
+  Few describe_few(std::int64_t s, const FewRowsScreen& screen) const {
+    const Choices choices = choices_of(s);
+    Few few;
+    few.sequence = s;
+    few.rows = choices.sequence().queries * shape_.kv_heads;
+    few.begin = choices.begin();
+    few.blocks = std::max<std::int64_t>(0, end_of(choices) - choices.begin());
+    if (screen.block_max == nullptr || few.rows == 0) return few;
+    few.whole_end = (choices.position(0) + 1) / shape_.block_size;
+    const std::int64_t whole = few.whole_end - few.begin;
+    few.is_screened = screening_ == Screening::kAuto
+                          ? screen_.dot.is_fast && whole >= kLeastBlocksPerSlot * params_.topk
+                          : whole > 0;
+    return few;
+  }
+  /// How few rows are screened: where there are bf16 products, and both sides are numbers of bf16.
+  FewRowsScreen few_rows_screen() const {
+    const bool fits = params_.q_idx.dtype == DType::kBFloat16 &&
+                      (params_.k_idx.dtype == DType::kBFloat16 || params_.k_idx.dtype == DType::kFloat8E4M3);
+    if (!fits || !screen_.dot.is_bf16() || screening_ == Screening::kNever) return {};
+    FewRowsScreen screen;
+    screen.block_max = screen_.dot.bf16;
+#if defined(__x86_64__)
+    screen.needs_amx_tiles = screen.block_max == bf16_block_max_amx;
+#endif
+    screen.dim = padded_inner(shape_.index_dim);
+    return screen;
+  }
+
+  /// Sequences with few rows: a pass that scores blocks, a span of them a task, and one that ranks. When blocks are
+  /// screened, what that leaves in doubt is scored in between.
   void select_few() {
-    struct Few {
-      std::int64_t sequence = 0;
-      std::int64_t rows = 0;
-      std::int64_t begin = 0;
-      std::int64_t blocks = 0;
-      std::int64_t scores = 0;  // where its scores start
-    };
+    const FewRowsScreen screen = few_rows_screen();
     std::vector<Few> few;
     std::int64_t largest = 0;
     std::int64_t all = 0;
     for (std::int64_t s = 0; s < params_.batch.sequences(); ++s) {
-      const Choices choices = choices_of(s);
-      const std::int64_t rows = choices.sequence().queries * shape_.kv_heads;
-      if (rows == 0 || rows > kFewRows) continue;
-      few.push_back({s, rows, choices.begin(), std::max<std::int64_t>(0, end_of(choices) - choices.begin()), 0});
-      largest = std::max(largest, rows * few.back().blocks);
-      all += rows * few.back().blocks;
+      const Few one = describe_few(s, screen);
+      if (one.rows == 0 || one.rows > kFewRows) continue;
+      few.push_back(one);
+      largest = std::max(largest, one.score_floats());
+      all += one.score_floats();
     }
     if (few.empty()) return;
     const SpanPlan plan = plan_spans(shape_, largest, all, threads_, context_.workspace_limit);
@@ -97,9 +142,15 @@ class Selection {
     const auto scratch_of = [&](int worker) {
       return scratch.data() + worker_floats * static_cast<std::size_t>(worker);
     };
+    const auto best_of = [&](int worker) {
+      return reinterpret_cast<std::int32_t*>(scratch_of(worker) + layout.best);
+    };
     const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
     const auto score = HWY_DYNAMIC_DISPATCH(score_span);
+    const auto score_cheaply = HWY_DYNAMIC_DISPATCH(screen_span);
+    const auto mark = HWY_DYNAMIC_DISPATCH(mark_doubtful);
     const auto select = HWY_DYNAMIC_DISPATCH(select_scored_row);
+    const auto select_screened = HWY_DYNAMIC_DISPATCH(select_screened_row);
     struct Task {
       const Few* few = nullptr;
       std::int64_t first = 0;  // block, or row
@@ -108,28 +159,69 @@ class Selection {
       // As many sequences as the scores have room for.
       std::vector<Task> spans;
       std::vector<Task> rows;
-      for (std::int64_t used = 0; at < few.size() && used + few[at].rows * few[at].blocks <= plan.score_floats; ++at) {
-        few[at].scores = used;
-        used += few[at].rows * few[at].blocks;
-        for (std::int64_t b = 0; b < few[at].blocks; b += span) spans.push_back({&few[at], few[at].begin + b});
-        for (std::int64_t r = 0; r < few[at].rows; ++r) rows.push_back({&few[at], r});
+      std::vector<Task> screened_rows;
+      std::int64_t ranked = 0;
+      for (std::int64_t used = 0; at < few.size() && used + few[at].score_floats() <= plan.score_floats; ++at) {
+        Few& f = few[at];
+        f.scores = scores.data() + used;
+        if (f.is_screened) {
+          f.magnitudes = f.scores + f.rows * f.stride();
+          f.doubtful = reinterpret_cast<std::uint8_t*>(f.magnitudes + f.stride());
+          std::fill(f.doubtful, f.doubtful + f.stride(), std::uint8_t{0});
+        }
+        used += f.score_floats();
+        ranked += f.rows * f.blocks;
+        for (std::int64_t b = 0; b < f.blocks; b += span) spans.push_back({&f, f.begin + b});
+        for (std::int64_t r = 0; r < f.rows; ++r) {
+          rows.push_back({&f, r});
+          if (f.is_screened) screened_rows.push_back({&f, r});
+        }
       }
       core::parallel_for(plan.workers, static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
         const auto& [f, first] = spans[static_cast<std::size_t>(task)];
-        score(params_, layout, f->sequence, first, std::min(first + span, f->begin + f->blocks), scratch_of(worker),
-              scores.data() + f->scores, f->blocks);
+        const std::int64_t last = std::min(first + span, f->begin + f->blocks);
+        if (f->is_screened) {
+          score_cheaply(params_, layout, screen, f->sequence, first, last, f->whole_end, scratch_of(worker), f->scores,
+                        f->stride(), f->magnitudes);
+        } else {
+          score(params_, layout, f->sequence, first, last, scratch_of(worker), f->scores, f->stride());
+        }
       });
       // Ranking is short work: a thread for it must find more than it costs to start.
       constexpr std::int64_t kScoresPerThread = 1 << 15;
-      std::int64_t ranked = 0;
-      for (const Task& task : rows) ranked += task.few->blocks;
-      const auto workers = std::clamp<std::int64_t>(ranked / kScoresPerThread, 1, plan.workers);
-      core::parallel_for(static_cast<int>(workers), static_cast<std::int64_t>(rows.size()),
-                         [&](std::int64_t task, int worker) {
-                           const auto& [f, row] = rows[static_cast<std::size_t>(task)];
-                           select(params_, f->sequence, row, scores.data() + f->scores + row * f->blocks,
-                                  reinterpret_cast<std::int32_t*>(scratch_of(worker) + layout.best), blocks_);
-                         });
+      const auto workers = static_cast<int>(std::clamp<std::int64_t>(ranked / kScoresPerThread, 1, plan.workers));
+      if (!screened_rows.empty()) {
+        core::parallel_for(workers, static_cast<std::int64_t>(screened_rows.size()),
+                           [&](std::int64_t task, int worker) {
+                             const auto& [f, row] = screened_rows[static_cast<std::size_t>(task)];
+                             mark(params_, f->sequence, row, f->row(row), f->magnitudes, best_of(worker), f->doubtful);
+                           });
+        std::vector<Task> doubts;
+        const Few* last = nullptr;
+        for (const Task& task : screened_rows) {
+          if (task.few == last) continue;
+          last = task.few;
+          for (std::int64_t b = 0; b < last->blocks; ++b) {
+            if (last->doubtful[b] != 0) doubts.push_back({last, last->begin + b});
+          }
+        }
+        constexpr std::int64_t kDoubtsPerThread = 4;  // some 10 microseconds
+        const auto count = static_cast<std::int64_t>(doubts.size());
+        core::parallel_for(static_cast<int>(std::clamp<std::int64_t>(count / kDoubtsPerThread, 1, plan.workers)), count,
+                           [&](std::int64_t task, int worker) {
+                             const auto& [f, b] = doubts[static_cast<std::size_t>(task)];
+                             score(params_, layout, f->sequence, b, b + 1, scratch_of(worker), f->scores, f->stride());
+                             f->magnitudes[b - f->begin] = kExactScore;
+                           });
+      }
+      core::parallel_for(workers, static_cast<std::int64_t>(rows.size()), [&](std::int64_t task, int worker) {
+        const auto& [f, row] = rows[static_cast<std::size_t>(task)];
+        if (f->is_screened) {
+          select_screened(params_, f->sequence, row, f->row(row), f->magnitudes, best_of(worker), blocks_);
+        } else {
+          select(params_, f->sequence, row, f->row(row), best_of(worker), blocks_);
+        }
+      });
     }
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/tile.h"
@@ -85,7 +86,10 @@ SpanLayout lay_out_span(const SelectionShape& shape) {
   layout.queries = cursor.take(kFewRows * shape.index_dim);
   layout.keys = cursor.take(shape.index_dim * kStripRows);
   layout.scores = cursor.take(kFewRows * padded_stride(shape.block_size));
-  layout.best = cursor.take(2 * shape.topk);
+  layout.best = cursor.take(4 * (shape.topk + 1));
+  const std::int64_t inner = padded_inner(shape.index_dim);
+  layout.row_keys = cursor.take(floats_for(kFewRows * inner, 2));
+  layout.block_keys = cursor.take(floats_for(shape.block_size * inner, 2));
   layout.end = cursor.end();
   return layout;
 }

@@ -84,10 +84,12 @@ struct SpanPlan {
 
 /// As AttentionLayout, for a span of blocks.
 struct SpanLayout {
-  std::int64_t queries = 0;  ///< [kFewRows, index_dim]
-  std::int64_t keys = 0;     ///< [index_dim, kStripRows]
-  std::int64_t scores = 0;   ///< [kFewRows, padded_stride(block_size)]
-  std::int64_t best = 0;     ///< int32 [2, topk]
+  std::int64_t queries = 0;     ///< [kFewRows, index_dim]
+  std::int64_t keys = 0;        ///< [index_dim, kStripRows]
+  std::int64_t scores = 0;      ///< [kFewRows, padded_stride(block_size)]
+  std::int64_t best = 0;        ///< int32 [4, topk + 1]
+  std::int64_t row_keys = 0;    ///< bf16 [kFewRows, padded_inner(index_dim)], the rows as they are screened
+  std::int64_t block_keys = 0;  ///< bf16 [block_size, padded_inner(index_dim)], a block as it is screened
   std::int64_t end = 0;
 };
 SpanLayout lay_out_span(const SelectionShape& shape);

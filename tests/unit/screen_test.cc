@@ -327,6 +327,48 @@ TEST(Screening, IsNotConfusedByFlushedSubnormals) {
   }
 }
 
+class ScreenedFewRows : public ::testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, ScreenedFewRows, ::testing::Range(0, kKinds));
+
+// Decoding and verification: bf16 queries, bf16 or float8 keys.
+TEST_P(ScreenedFewRows, EqualTheUnscreenedOnes) {
+  const auto kind = static_cast<Kind>(GetParam());
+  for (std::uint64_t seed = 1; seed <= 4; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    Random random(seed * 1000 + static_cast<std::uint64_t>(GetParam()));
+    const auto pick = [&](const std::vector<std::int64_t>& from) { return from[random() % from.size()]; };
+    Case c;
+    c.geometry.kv_heads = pick({1, 2, 3, 4});
+    c.geometry.query_heads = c.geometry.kv_heads;
+    c.geometry.index_dim = pick({16, 32, 48, 64, 128, 256});
+    c.geometry.block_size = pick({16, 16, 32, 64});
+    c.geometry.topk = pick({1, 2, 5, 16, 33});
+    for (const std::int64_t queries : {1, 2, 5, 16}) {
+      c.lengths.push_back({queries, queries + c.geometry.block_size * pick({0, 3, 25, 60}) + pick({0, 1, 15})});
+    }
+    c.index_dtype = c.dtype = DType::kBFloat16;
+    c.layout = seed % 2 == 0 ? Layout::kContiguous : Layout::kGaps;
+    c.padding_rows = pick({0, 3});
+    Problem problem(c);
+    fill(problem, kind, random);
+    problem.local_blocks = pick({0, 1, 1, 2});
+    problem.init_blocks = pick({0, 0, 1, 3});
+    if (seed > 2) problem.k_idx = problem.k_idx.as(DType::kFloat8E4M3);
+    const PagedProblem paged(problem, c.geometry.block_size * pick({1, 2}));
+    for_each_target(Targets::kCpu, [&](Context context) {
+      const Tensor expected = select(context, problem.select_params(), cpu::Screening::kNever);
+      for (const cpu::Screening screening :
+           {cpu::Screening::kAuto, cpu::Screening::kAlways, cpu::Screening::kAlwaysBf16}) {
+        expect_same_bytes("blocks", select(context, problem.select_params(), screening), expected);
+        expect_same_bytes("blocks, paged", select(context, paged.select_params(), screening), expected);
+      }
+      context.threads = 1;
+      context.workspace_limit = std::size_t{1} << 19;  // few sequences at a time
+      expect_same_bytes("blocks", select(context, problem.select_params(), cpu::Screening::kAlwaysBf16), expected);
+    });
+  }
+}
+
 TEST(Balance, KeepsProductsAndEvensChannels) {
   const std::vector<float> queries = {1, 1, 0.001f, 4, 0, 1, 1e-30f};
   const std::vector<float> keys = {1, 64, 1000, 0.25f, 5, 0, 1e30f};
