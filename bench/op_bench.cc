@@ -9,6 +9,7 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <optional>
 #include <random>
@@ -29,6 +30,10 @@ DType view_dtype(at::ScalarType type) {
   if (type == at::kFloat) return DType::kFloat32;
   if (type == at::kFloat8_e4m3fn) return DType::kFloat8E4M3;
   return type == at::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+at::ScalarType scalar_type(const std::string& dtype) {
+  return dtype == "float32" ? at::kFloat : dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
 }
 
 TensorView view(const at::Tensor& tensor) {
@@ -144,7 +149,9 @@ class Bench {
     context.threads = result.threads;
   }
 
-  bool wants(const char* op) const { return o.op == "all" || o.op == op; }
+  bool wants(const char* op) const {
+    return std::any_of(o.ops.begin(), o.ops.end(), [&](const std::string& name) { return name == "all" || name == op; });
+  }
   const Peaks& peaks() const { return result_.peaks; }
 
   void tell(const std::string& what) const {
@@ -190,12 +197,18 @@ std::vector<Speedup> compare(const std::vector<Peer>& peers, double seconds) {
   return speedups;
 }
 
+/// What torch's forward and backward took over all of `tokens` tokens, in each type.
+struct TorchTimes {
+  std::int64_t tokens = 0;
+  std::map<std::string, double> seconds;
+};
+
 /// The last `queries` tokens of one sequence of `context` tokens.
 class ShapeBench {
  public:
   ShapeBench(Bench& bench, std::string section, std::int64_t context, std::int64_t queries)
       : bench_(bench), o_(bench.o), section_(std::move(section)), context_(context), queries_(queries) {
-    type_ = o_.dtype == "float32" ? at::kFloat : o_.dtype == "bfloat16" ? at::kBFloat16 : at::kHalf;
+    type_ = scalar_type(o_.dtype);
     at::manual_seed(1);
     q_ = at::randn({queries, o_.query_heads, o_.head_dim}).to(type_);
     k_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
@@ -213,8 +226,9 @@ class ShapeBench {
 
   /// torch in bfloat16, then in float32: what the other rows are compared with.
   void time_torch() {
-    for (const at::ScalarType type : {at::kBFloat16, at::kFloat}) {
-      const std::string name = type == at::kFloat ? "torch sdpa float32" : "torch sdpa bfloat16";
+    for (const std::string& dtype : o_.torch_dtypes) {
+      const at::ScalarType type = scalar_type(dtype);
+      const std::string name = "torch sdpa " + dtype;
       tell(name);
       const Timing timing = time_torch_attention(bench_.limits, tensors_as(type));
       peers_.push_back({name, timing.seconds});
@@ -276,35 +290,54 @@ class ShapeBench {
     }
   }
 
-  void time_torch_backward() {
-    for (const at::ScalarType type : {at::kBFloat16, at::kFloat}) {
-      const std::string name = type == at::kFloat ? "torch sdpa float32, fwd + bwd" : "torch sdpa bfloat16, fwd + bwd";
+  /// torch's times, which the rows of longer contexts may need, too.
+  TorchTimes time_torch_backward() {
+    TorchTimes times{context_, {}};
+    for (const std::string& dtype : o_.torch_dtypes) {
+      const std::string name = torch_backward_name(dtype);
       tell(name);
-      const Timing timing = time_torch_attention_backward(bench_.limits, tensors_as(type));
-      peers_.push_back({name, timing.seconds});
-      bench_.add(section_, name, context_, queries_, timing,
-                 {{{torch_arithmetic(type, bench_.peaks()), 3.5 * attention_operations(dense_pairs())}}, 0});
+      const Timing timing = time_torch_attention_backward(bench_.limits, tensors_as(scalar_type(dtype)));
+      times.seconds[dtype] = timing.seconds;
+      add_torch_backward(dtype, timing);
+    }
+    return times;
+  }
+  /// For a context that would take torch too long: scaled from a shorter one by the pairs of a query and a key that it
+  /// sees, N (N + 1) / 2. Keys and values of the longer one fit the caches less, so this flatters torch if anything.
+  void derive_torch_backward(const TorchTimes& times) {
+    const auto pairs = [](std::int64_t tokens) { return static_cast<double>(tokens) * static_cast<double>(tokens + 1); };
+    const double factor = pairs(context_) / pairs(times.tokens);
+    for (const auto& [dtype, seconds] : times.seconds) {
+      add_torch_backward(dtype, {seconds * factor, 0}).scaled_from = times.tokens;
     }
   }
-  /// One step of a layer in the sparse stage: selection, attention, KL, and the way back.
+  /// One step of a layer in the sparse stage: selection, attention, KL, and the way back; and its parts.
   void time_training() {
     make_gradients();
-    const auto step = [&] {
-      select();
-      sparse(selected_);
-      const IndexKlParams params = kl_params(selected_);
-      msa::index_kl(bench_.context, params, kl_saved());
-      sparse_backward(selected_);
-      msa::index_kl_backward(bench_.context, params, kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
+    struct Part {
+      std::string name;
+      Work work;
+      std::function<void()> run;
+      std::vector<double> seconds;
     };
-    const Timing timing = time("msa layer with KL, fwd + bwd", step);
-    Work work = select_work();
-    work += sparse_work();
-    work += sparse_backward_work();
-    work += kl_work(sparse_pairs());
-    work += kl_backward_work(sparse_pairs());
+    std::vector<Part> parts = {
+        {"select_blocks", select_work(), [&] { select(); }, {}},
+        {"sparse_attention", sparse_work(), [&] { sparse(selected_); }, {}},
+        {"index_kl", kl_work(sparse_pairs()), [&] { kl(selected_); }, {}},
+        {"sparse_attention_backward", sparse_backward_work(), [&] { sparse_backward(selected_); }, {}},
+        {"index_kl_backward", kl_backward_work(sparse_pairs()), [&] { kl_backward(selected_); }, {}}};
+    const Timing timing = time("msa layer with KL, fwd + bwd", [&] {
+      for (Part& part : parts) part.seconds.push_back(seconds_of(part.run));
+    });
+    Work work;
+    for (const Part& part : parts) work += part.work;
     OpBenchRow& added = add("msa layer with KL, fwd + bwd", timing, work);
     added.flop_ratio = flop_ratio();
+    for (Part& part : parts) {
+      if (part.seconds.size() > 1) part.seconds.erase(part.seconds.begin());  // the warm-up
+      bench_.add(section_, "  of which " + part.name, context_, queries_,
+                 {median(part.seconds), static_cast<int>(part.seconds.size())}, part.work);
+    }
 
     sparse(blocks_);
     const Timing backward = time("sparse_attention_backward", [&] { sparse_backward(blocks_); });
@@ -316,12 +349,9 @@ class ShapeBench {
     const at::Tensor blocks = warmup ? at::Tensor() : blocks_;
     const std::string what = warmup ? " (warmup)" : " (random blocks)";
     const double pairs = warmup ? dense_pairs() : sparse_pairs();
-    const IndexKlParams params = kl_params(blocks);
-    const Timing forward = time("index_kl" + what, [&] { msa::index_kl(bench_.context, params, kl_saved()); });
+    const Timing forward = time("index_kl" + what, [&] { kl(blocks); });
     bench_.add(section_, "index_kl" + what, context_, queries_, forward, kl_work(pairs));
-    const Timing backward = time("index_kl_backward" + what, [&] {
-      msa::index_kl_backward(bench_.context, params, kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
-    });
+    const Timing backward = time("index_kl_backward" + what, [&] { kl_backward(blocks); });
     bench_.add(section_, "index_kl_backward" + what, context_, queries_, backward, kl_backward_work(pairs));
   }
 
@@ -440,10 +470,21 @@ class ShapeBench {
     params.block_size = o_.block_size;
     return params;
   }
+  void kl(const at::Tensor& blocks) { msa::index_kl(bench_.context, kl_params(blocks), kl_saved()); }
+  void kl_backward(const at::Tensor& blocks) {
+    msa::index_kl_backward(bench_.context, kl_params(blocks), kl_saved(), 1.0f, view(dq_idx_), view(dk_idx_));
+  }
   IndexKlSaved kl_saved() const {
     return {.lse_main = view(kl_lse_main_), .lse_index = view(kl_lse_index_), .teacher_norm = view(kl_norm_)};
   }
 
+  static std::string torch_backward_name(const std::string& dtype) { return "torch sdpa " + dtype + ", fwd + bwd"; }
+  OpBenchRow& add_torch_backward(const std::string& dtype, const Timing& timing) {
+    const Arithmetic arithmetic = torch_arithmetic(scalar_type(dtype), bench_.peaks());
+    peers_.push_back({torch_backward_name(dtype), timing.seconds});
+    return bench_.add(section_, peers_.back().name, context_, queries_, timing,
+                      {{{arithmetic, 3.5 * attention_operations(dense_pairs())}}, 0});
+  }
   AttentionTensors tensors_as(at::ScalarType type) const { return {q_.to(type), k_.to(type), v_.to(type)}; }
   void tell(const std::string& what) const { bench_.tell(section_ + " at " + std::to_string(context_) + ": " + what); }
   Timing time(const std::string& what, const std::function<void()>& body) {
@@ -491,17 +532,39 @@ void time_topk(Bench& bench) {
   }
 }
 
-// Full sequences up to here, the last --queries tokens beyond: torch's square of scores would take minutes.
-constexpr std::int64_t kLongestSquare = 8192;
+// The KL of the warmup over whole sequences up to here: its teacher is dense attention.
+constexpr std::int64_t kLongestWarmup = 8192;
+
+// Trained on as a whole, torch on as much of it as the options allow; or on the last tokens alone.
+void time_training(Bench& bench, std::int64_t context, TorchTimes& torch_times) {
+  const OpBenchOptions& o = bench.o;
+  const bool is_whole = context <= o.train_whole;
+  const bool is_derived = is_whole && context > o.torch_whole;
+  if (is_derived && torch_times.tokens != o.torch_whole) {
+    torch_times = ShapeBench(bench, "training", o.torch_whole, o.torch_whole).time_torch_backward();
+  }
+  ShapeBench training(bench, "training", context, is_whole ? context : o.queries);
+  if (is_derived) {
+    training.derive_torch_backward(torch_times);
+  } else {
+    const TorchTimes times = training.time_torch_backward();
+    if (is_whole) torch_times = times;
+  }
+  training.time_training();
+  if (bench.wants("index_kl")) training.time_kl(false);
+}
 
 void run_all(Bench& bench) {
   const OpBenchOptions& o = bench.o;
   if (bench.wants("topk_blocks")) time_topk(bench);
+  TorchTimes torch_times;
   for (const std::int64_t context : o.contexts) {
     if (bench.wants("select_blocks") || bench.wants("sparse_attention") || bench.wants("layer") ||
         bench.wants("dense_attention")) {
       ShapeBench prefill(bench, "prefill", context, o.queries);
-      if (o.op != "select_blocks") prefill.time_torch();
+      if (bench.wants("sparse_attention") || bench.wants("dense_attention") || bench.wants("layer")) {
+        prefill.time_torch();
+      }
       if (bench.wants("dense_attention") || bench.wants("layer")) prefill.time_dense();
       if (bench.wants("select_blocks")) prefill.time_select();
       if (bench.wants("sparse_attention")) prefill.time_sparse();
@@ -516,14 +579,8 @@ void run_all(Bench& bench) {
       decode.time_layer();
       decode.time_layer_of_float8();
     }
-    if (bench.wants("backward")) {
-      const std::int64_t queries = context <= kLongestSquare ? context : o.queries;
-      ShapeBench training(bench, "training", context, queries);
-      training.time_torch_backward();
-      training.time_training();
-      if (bench.wants("index_kl")) training.time_kl(false);
-    }
-    if (bench.wants("index_kl") && context <= kLongestSquare) {
+    if (bench.wants("backward")) time_training(bench, context, torch_times);
+    if (bench.wants("index_kl") && context <= kLongestWarmup) {
       ShapeBench(bench, "training", context, std::min(context, o.queries)).time_kl(true);
     }
     if (bench.wants("threads")) ShapeBench(bench, "threads", context, o.queries).time_threads();
@@ -531,12 +588,16 @@ void run_all(Bench& bench) {
 }
 
 void check_options(const OpBenchOptions& o) {
-  if (o.op != "all" && std::find(op_names().begin(), op_names().end(), o.op) == op_names().end()) {
-    throw Error("bench: op '" + o.op + "' is unknown");
-  }
   const auto require = [](bool ok, const std::string& what) {
     if (!ok) throw Error("bench: " + what);
   };
+  require(!o.ops.empty(), "no op is given");
+  for (const std::string& op : o.ops) {
+    const bool is_known = op == "all" || std::find(op_names().begin(), op_names().end(), op) != op_names().end();
+    require(is_known, "op '" + op + "' is unknown");
+  }
+  require(!o.torch_dtypes.empty(), "no type is given for torch");
+  require(o.torch_whole >= 1, "torch's longest whole context must be at least 1");
   require(!o.contexts.empty(), "no context is given");
   require(o.repeats >= 1 && o.queries >= 1, "repeats and queries must be at least 1");
   require(

@@ -14,13 +14,18 @@
 namespace msa::bench {
 
 struct OpBenchOptions {
-  std::string op = "all";  ///< one of op_names(), or "all"
+  std::vector<std::string> ops = {"all"};  ///< of op_names(), or "all"
   std::vector<std::int64_t> contexts = {8192, 32768};
   std::int64_t queries = 512;  ///< the last tokens of the context
   std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, index_dim = 128;
   std::int64_t block_size = 128, topk = 16;
   std::string dtype =
-      "bfloat16";  ///< storage of our q, k, v and index; torch attention is timed in bfloat16 and in float32
+      "bfloat16";  ///< storage of our q, k, v and index
+  std::vector<std::string> torch_dtypes = {"bfloat16", "float32"};  ///< torch's attention is timed in each
+  /// Contexts up to here are trained on as a whole, longer ones on their last `queries` tokens.
+  std::int64_t train_whole = 32768;
+  /// Of these, torch is timed on contexts up to here; for longer ones its time on this many tokens is scaled.
+  std::int64_t torch_whole = 8192;
   int threads = 0;
   int repeats = 5;
   double budget_seconds = 10;  ///< no further repeat of a row that has taken this long
@@ -45,6 +50,7 @@ struct OpBenchRow {
   int threads = 0;
   int runs = 0;  ///< of which seconds is the median
   double seconds = 0;
+  std::int64_t scaled_from = 0;  ///< context whose time was scaled by the pairs of a causal pass; 0: measured
   double operations = 0;      ///< of the algorithm; a multiplication and an addition are two
   double bytes = 0;           ///< that must be read from memory
   std::string peak;           ///< what peak_fraction refers to: "int8 AMX + bf16 AMX", "read"; empty: nothing

@@ -30,6 +30,12 @@ inline double seconds_of(const std::function<void()>& body) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+inline double median(std::vector<double> times) {
+  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
+}
+
 /// The first run warms up, and counts only when the budget allows no other.
 inline Timing time_median(const TimingLimits& limits, const std::function<void()>& body) {
   const auto check_stop = [&] {
@@ -45,9 +51,7 @@ inline Timing time_median(const TimingLimits& limits, const std::function<void()
     spent += times.back();
   }
   if (times.empty()) times.push_back(first);
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end());
-  return {*middle, static_cast<int>(times.size())};
+  return {median(times), static_cast<int>(times.size())};
 }
 
 }  // namespace msa::bench

@@ -47,6 +47,7 @@ void print_json(const bench::OpBenchOptions& options, const bench::OpBenchResult
                                     {"name", row.name},
                                     {"context", row.context},
                                     {"queries", row.queries},
+                                    {"measured", row.scaled_from == 0},
                                     {"threads", row.threads},
                                     {"runs", row.runs},
                                     {"seconds", row.seconds},
@@ -54,6 +55,7 @@ void print_json(const bench::OpBenchOptions& options, const bench::OpBenchResult
                                     {"gops", row.operations / row.seconds * 1e-9},
                                     {"gbytes_per_second", row.bytes / row.seconds * 1e-9},
                                     {"bytes", row.bytes}};
+    if (row.scaled_from != 0) entry["scaled_from_context"] = row.scaled_from;
     if (!row.peak.empty()) {
       entry["peak"] = row.peak;
       entry["peak_fraction"] = row.peak_fraction;
@@ -104,6 +106,7 @@ void print_section(const std::vector<const bench::OpBenchRow*>& rows) {
   fmt::print("\n");
   for (const bench::OpBenchRow* row : rows) {
     std::string name = row->name;
+    if (row->scaled_from != 0) name += fmt::format(", from {}", row->scaled_from);
     if (row->section == "threads") name += row->threads == 1 ? ", 1 thread" : fmt::format(", {} threads", row->threads);
     const auto rate = [&](double amount) {
       return amount > 0 ? fmt::format("{:.{}f}", amount / row->seconds * 1e-9, amount / row->seconds < 1e10 ? 1 : 0)
@@ -150,10 +153,9 @@ void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& res
   }
   fmt::print(
       "\nof peak: the least time that the row's operations, or the bytes it must read, take at the measured peaks, "
-      "over its "
-      "time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over those of "
-      "MSA, "
-      "whole pass.\n");
+      "over its time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over "
+      "those of MSA, whole pass.\nfrom N: not measured, but what N tokens took times the ratio of the pairs of a causal "
+      "pass.\n");
 }
 
 // What --geometry stands for; single options given beside it win.
@@ -175,7 +177,10 @@ void run_bench(const BenchFlags& flags) {
   const bench::OpBenchOptions& options = flags.options;
   std::ofstream plot;
   if (!flags.plot.empty()) {  // told now, not after minutes of timing
-    if (options.op != "all" && options.op != "layer") throw Error("bench: --plot: needs the op layer, or all");
+    const auto has = [&](const char* op) {
+      return std::find(options.ops.begin(), options.ops.end(), op) != options.ops.end();
+    };
+    if (!has("all") && !has("layer")) throw Error("bench: --plot: needs the op layer, or all");
     plot.open(flags.plot);
     if (!plot) throw Error("bench: --plot: cannot write '" + flags.plot + "'");
   }
@@ -206,7 +211,7 @@ void add_bench_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("bench", "speed of the operators against torch on this machine");
   std::vector<std::string> ops = bench::op_names();
   ops.push_back("all");
-  command->add_option("op", options->op, "what to time")->check(CLI::IsMember(ops))->capture_default_str();
+  command->add_option("op", options->ops, "what to time")->check(CLI::IsMember(ops))->capture_default_str();
   command->add_option("--context", options->contexts, "context lengths")->delimiter(',')->capture_default_str();
   command->add_option("--queries", options->queries, "query rows, the last of the context")->capture_default_str();
   command->add_option("--geometry", flags->geometry, "heads, dimensions and blocks of MiniMax-M3 or of SmolLM2-135M")
@@ -217,8 +222,21 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--index-dim", options->index_dim)->capture_default_str();
   command->add_option("--block-size", options->block_size)->capture_default_str();
   command->add_option("--topk", options->topk)->capture_default_str();
-  command->add_option("--dtype", options->dtype, "storage of our tensors; torch is timed in bfloat16 and float32")
-      ->check(CLI::IsMember({"float32", "bfloat16", "float16"}))
+  const CLI::IsMember is_dtype({"float32", "bfloat16", "float16"});
+  command->add_option("--dtype", options->dtype, "storage of our tensors")->check(is_dtype)->capture_default_str();
+  command->add_option("--torch-dtypes", options->torch_dtypes, "what torch's attention is timed in")
+      ->delimiter(',')
+      ->check(is_dtype)
+      ->capture_default_str();
+  command
+      ->add_option("--train-whole", options->train_whole,
+                   "training: contexts up to here as a whole, longer ones their last --queries tokens")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--torch-whole", options->torch_whole,
+                   "training as a whole: torch is timed up to here, and scaled from here for longer contexts")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--threads", options->threads, "0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
   command->add_option("--repeats", options->repeats, "timed runs; the median counts")

@@ -121,6 +121,31 @@ def test_bench_times_everything_against_its_peers(msa, tmp_path):
     assert svg.tag.endswith("svg") and "context, tokens" in text and "MSA (select + sparse)" in text and "1K" in text
 
 
+def test_bench_trains_on_the_whole_and_says_what_it_scaled(msa):
+    """torch is measured up to --torch-whole tokens, and scaled by the pairs of a causal pass beyond; ours is measured."""
+    arguments = ["bench", "backward", *BENCH_SHAPE, "--torch-whole", 512, "--torch-dtypes", "float32"]
+    rows = json.loads(msa(*arguments, "--context", 1024, "--json").stdout)["rows"]
+    torch = {row["context"]: row for row in rows if row["name"].startswith("torch sdpa")}
+    assert torch.keys() == {512, 1024} and torch[512]["measured"] and not torch[1024]["measured"]
+    assert torch[1024]["scaled_from_context"] == 512 and "scaled_from_context" not in torch[512]
+    assert torch[1024]["seconds"] == pytest.approx(torch[512]["seconds"] * 1024 * 1025 / (512 * 513))
+    layer = next(row for row in rows if row["name"] == "msa layer with KL, fwd + bwd")
+    assert layer["measured"] and layer["queries"] == 1024
+    assert layer["speedups"] == {torch[1024]["name"]: pytest.approx(torch[1024]["seconds"] / layer["seconds"])}
+    parts = [row for row in rows if "of which" in row["name"]]
+    assert len(parts) == 5 and sum(row["seconds"] for row in parts) <= layer["seconds"]
+    table = msa(*arguments, "--context", 1024).stdout
+    assert "float32, fwd + bwd, from 512" in table
+    last = json.loads(msa(*arguments, "--context", 1024, "--train-whole", 512, "--json").stdout)["rows"]
+    assert all(row["measured"] and row["queries"] == 64 for row in last)
+
+
+def test_bench_times_several_ops(msa):
+    rows = json.loads(msa("bench", "select_blocks", "decode", *BENCH_SHAPE, "--context", 512, "--json").stdout)["rows"]
+    assert {row["section"] for row in rows} == {"prefill", "decode"}
+    assert not any("sdpa" in row["name"] for row in rows if row["section"] == "prefill")
+
+
 def test_bench_prints_a_table(msa):
     text = msa("bench", "layer", *BENCH_SHAPE, "--context", 1024).stdout
     assert "of peak" in text and "vs torch bf16" in text and "msa layer" in text and "read" in text
@@ -152,11 +177,16 @@ def test_bench_refuses_by_name(msa, arguments, named):
 def test_bench_prints_what_there_is_when_interrupted():
     from conftest import MSA
 
-    command = [str(MSA), "bench", "topk_blocks", "--repeats", "1000", "--budget", "1000", "--json"]
+    # Enough repeats for seconds of work behind the interrupt, few enough that what is before it ends soon on a busy machine.
+    command = [str(MSA), "bench", "topk_blocks", "--repeats", "100", "--budget", "1000", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        heard = []
         for line in process.stderr:
+            heard.append(line)
             if "topk_blocks (4096, 1024)" in line:  # torch.topk of that shape is done
                 break
+        else:  # it died by itself (its library may be in the middle of being linked anew): say of what
+            pytest.fail(f"the bench ended with status {process.wait()}: {''.join(heard)}")
         process.send_signal(signal.SIGINT)
         out, error = process.communicate()
     assert process.returncode in (2, 130) and "interrupted" in error
