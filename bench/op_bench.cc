@@ -150,7 +150,8 @@ class Bench {
   }
 
   bool wants(const char* op) const {
-    return std::any_of(o.ops.begin(), o.ops.end(), [&](const std::string& name) { return name == "all" || name == op; });
+    return std::any_of(o.ops.begin(), o.ops.end(),
+                       [&](const std::string& name) { return name == "all" || name == op; });
   }
   const Peaks& peaks() const { return result_.peaks; }
 
@@ -305,7 +306,9 @@ class ShapeBench {
   /// For a context that would take torch too long: scaled from a shorter one by the pairs of a query and a key that it
   /// sees, N (N + 1) / 2. Keys and values of the longer one fit the caches less, so this flatters torch if anything.
   void derive_torch_backward(const TorchTimes& times) {
-    const auto pairs = [](std::int64_t tokens) { return static_cast<double>(tokens) * static_cast<double>(tokens + 1); };
+    const auto pairs = [](std::int64_t tokens) {
+      return static_cast<double>(tokens) * static_cast<double>(tokens + 1);
+    };
     const double factor = pairs(context_) / pairs(times.tokens);
     for (const auto& [dtype, seconds] : times.seconds) {
       add_torch_backward(dtype, {seconds * factor, 0}).scaled_from = times.tokens;

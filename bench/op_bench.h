@@ -19,8 +19,7 @@ struct OpBenchOptions {
   std::int64_t queries = 512;  ///< the last tokens of the context
   std::int64_t query_heads = 64, kv_heads = 4, head_dim = 128, index_dim = 128;
   std::int64_t block_size = 128, topk = 16;
-  std::string dtype =
-      "bfloat16";  ///< storage of our q, k, v and index
+  std::string dtype = "bfloat16";                                   ///< storage of our q, k, v and index
   std::vector<std::string> torch_dtypes = {"bfloat16", "float32"};  ///< torch's attention is timed in each
   /// Contexts up to here are trained on as a whole, longer ones on their last `queries` tokens.
   std::int64_t train_whole = 32768;
@@ -51,11 +50,11 @@ struct OpBenchRow {
   int runs = 0;  ///< of which seconds is the median
   double seconds = 0;
   std::int64_t scaled_from = 0;  ///< context whose time was scaled by the pairs of a causal pass; 0: measured
-  double operations = 0;      ///< of the algorithm; a multiplication and an addition are two
-  double bytes = 0;           ///< that must be read from memory
-  std::string peak;           ///< what peak_fraction refers to: "int8 AMX + bf16 AMX", "read"; empty: nothing
-  double peak_fraction = 0;   ///< least time at the peaks / seconds
-  bool memory_bound = false;  ///< the least time is that of reading
+  double operations = 0;         ///< of the algorithm; a multiplication and an addition are two
+  double bytes = 0;              ///< that must be read from memory
+  std::string peak;              ///< what peak_fraction refers to: "int8 AMX + bf16 AMX", "read"; empty: nothing
+  double peak_fraction = 0;      ///< least time at the peaks / seconds
+  bool memory_bound = false;     ///< the least time is that of reading
   std::vector<Speedup> speedups;
   double flop_ratio =
       0;  ///< operations of dense attention / of MSA over a whole pass (cost formula of the paper); 0: no matter

@@ -154,7 +154,8 @@ void print_table(const bench::OpBenchOptions& o, const bench::OpBenchResult& res
   fmt::print(
       "\nof peak: the least time that the row's operations, or the bytes it must read, take at the measured peaks, "
       "over its time.\nvs: how many times faster than that peer in this run. FLOPs: operations of dense attention over "
-      "those of MSA, whole pass.\nfrom N: not measured, but what N tokens took times the ratio of the pairs of a causal "
+      "those of MSA, whole pass.\nfrom N: not measured, but what N tokens took times the ratio of the pairs of a "
+      "causal "
       "pass.\n");
 }
 
