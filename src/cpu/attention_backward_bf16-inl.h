@@ -23,7 +23,9 @@
 #include "src/cpu/attention_backward_rows-inl.h"
 #include "src/cpu/attention_bf16-inl.h"
 #include "src/cpu/bf16_dot.h"
+#include "src/cpu/bf16_rows-inl.h"
 #include "src/cpu/block_lists.h"
+#include "src/cpu/prefetch_queue.h"
 #include "src/cpu/row_ops-inl.h"
 #include "src/cpu/tile-inl.h"
 
@@ -34,46 +36,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
-
-/// 32 rows of bf16, `stride` apart, become columns: element d of row r at out[d * out_stride + r]; dim a multiple
-/// of 16.
-inline HWY_ATTR void transpose_32_rows(const std::uint16_t* HWY_RESTRICT rows, std::int64_t stride, std::int64_t dim,
-                                       std::uint16_t* HWY_RESTRICT out, std::int64_t out_stride) {
-  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
-                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-  alignas(64) std::uint32_t words[2][16 * 16];  // pairs of 16 rows, turned round
-  for (std::int64_t d = 0; d < dim; d += 32) {
-    const std::int64_t pairs = std::min<std::int64_t>(16, (dim - d) / 2);
-    const auto mask = static_cast<__mmask16>((1u << pairs) - 1);
-    for (std::int64_t half = 0; half < 2; ++half) {
-      __m512i r[16];
-      for (std::int64_t i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, rows + (half * 16 + i) * stride + d);
-      transpose_words(r, words[half], 16);
-    }
-    for (std::int64_t pair = 0; pair < pairs; ++pair) {
-      const __m512i low = _mm512_load_si512(words[0] + pair * 16);
-      const __m512i high = _mm512_load_si512(words[1] + pair * 16);
-      std::uint16_t* to = out + (d + 2 * pair) * out_stride;
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, even, high));
-      _mm512_storeu_si512(to + out_stride, _mm512_permutex2var_epi16(low, odd, high));
-    }
-  }
-}
-
-/// Whether rows [0, rows) of `dim` elements (a multiple of 16) hold finite bf16 numbers only.
-inline HWY_ATTR bool are_finite_bf16(const std::uint16_t* first, std::int64_t stride, std::int64_t rows,
-                                     std::int64_t dim) {
-  const __m256i exponent = _mm256_set1_epi16(0x7f80);
-  __mmask16 special = 0;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t d = 0; d < dim; d += 16) {
-      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + r * stride + d));
-      special |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(x, exponent), exponent);
-    }
-  }
-  return special == 0;
-}
 
 /// As ChunkBackward; the parts of dk and dv are transposed, [head_dim, block_size] and [value_dim, block_size].
 class Bf16ChunkBackward {
@@ -133,6 +95,13 @@ class Bf16ChunkBackward {
     bool has_finite_keys = load_keys(begin, keys);
     const std::int64_t tile_queries = backward_bf16_tile_queries(shape_.group_size);
     for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
+      if (t0 + tile_queries < count) {
+        queue_rows(members + t0 + tile_queries, std::min(tile_queries, count - t0 - tile_queries));
+      } else {
+        std::int64_t next = block + 1;
+        while (next < lists_.blocks() && lists_.count(next) == 0) ++next;
+        if (next < lists_.blocks()) queue_rows(lists_.members(next), std::min(tile_queries, lists_.count(next)));
+      }
       add_tile(block, keys, members + t0, std::min(tile_queries, count - t0), has_finite_keys, part);
       // A tile that must not touch some of the keys has cleared them.
       if (!has_finite_keys) has_finite_keys = load_keys(begin, keys);
@@ -185,7 +154,6 @@ class Bf16ChunkBackward {
                                                   are_finite_bf16(out_grads_, value_inner_, rows, shape_.value_dim));
     for (std::int64_t first = 0; first < rows; first += kBf16Rows) {
       const std::int64_t here = std::min(kBf16Rows, rows - first);
-      prefetch_query_grads(first, here);
       find_gradients(block, members, first, here, most);
       if (may_touch_keys) add_query_grads(first, here, most);
     }
@@ -244,13 +212,22 @@ class Bf16ChunkBackward {
     for (std::int64_t d = 0; d < shape_.value_dim; ++d) out_grads_t_[d * row_stride_ + r] = 0;
   }
 
-  // From a chunk of many queries they come from far away.
-  HWY_ATTR void prefetch_query_grads(std::int64_t first, std::int64_t rows) const {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const float* grad = query_grads_ + tile_rows_[first + r] * shape_.head_dim;
-      for (std::int64_t d = 0; d < shape_.head_dim; d += 16) {
-        _mm_prefetch(reinterpret_cast<const char*>(grad + d), _MM_HINT_T1);
+  // The rows of the next tile: those of a chunk of many queries come from far away.
+  void queue_rows(const std::int32_t* members, std::int64_t count) {
+    soon_.clear();
+    const std::int64_t group_size = shape_.group_size;
+    for (std::int64_t t = 0; t < count; ++t) {
+      for (const ConstTensorView* tensor : {&problem_.q, &problem_.saved.dout}) {
+        const auto bytes = tensor->size(2) * static_cast<std::int64_t>(sizeof(std::uint16_t));
+        const std::byte* first = head_row(*tensor, rows_.first_row + members[t], rows_.first_head);
+        if (tensor->stride(1) == tensor->size(2)) {
+          soon_.push(first, group_size * bytes);
+        } else {
+          for (std::int64_t h = 0; h < group_size; ++h) soon_.push(first + h * tensor->stride(1) * 2, bytes);
+        }
       }
+      soon_.push(query_grads_ + members[t] * group_size * shape_.head_dim,
+                 group_size * shape_.head_dim * static_cast<std::int64_t>(sizeof(float)));
     }
   }
 
@@ -292,6 +269,8 @@ class Bf16ChunkBackward {
     }
   }
 
+  static constexpr std::int64_t kLinesAtOnce = 4;
+
   struct Row {
     std::int64_t visible;
     __m512 shift;  // lse
@@ -332,6 +311,7 @@ class Bf16ChunkBackward {
       const Gradient b0 = differentiate(pair[1], r + 1, j, scale);
       const Gradient a1 = differentiate(pair[0], r, j + 16, scale);
       const Gradient b1 = differentiate(pair[1], r + 1, j + 16, scale);
+      soon_.ask(kLinesAtOnce);
       _mm512_storeu_si512(rows + j, _mm512_permutex2var_epi16(a0.ds, odd, a1.ds));
       _mm512_storeu_si512(rows + gradient_stride_ + j, _mm512_permutex2var_epi16(b0.ds, odd, b1.ds));
       _mm512_storeu_si512(gradient_pairs + 2 * j, side_by_side(a0.ds, b0.ds));
@@ -407,6 +387,7 @@ class Bf16ChunkBackward {
   float* products_;
   std::int32_t* tile_rows_;
   BlockLists lists_;
+  PrefetchQueue soon_;
 };
 
 }  // namespace HWY_NAMESPACE

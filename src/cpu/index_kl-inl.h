@@ -2,9 +2,10 @@
 // The KL loss of the index branch and its gradient (SPEC section 4), streamed over key blocks: no [queries, keys]
 // tensor. A task of the forward owns a few queries and one group and goes through their blocks twice, for the maxima
 // and sums of the softmaxes and for the divergence; score tiles of the first time are kept for the second as far as
-// there is room. A task of the backward owns many queries and goes through the blocks once, with the saved lse: Q - P
-// of a tile and its products at once. dq_idx is the task's own; dk_idx is summed over tasks in a fixed order
-// (ordered_sums.h). docs/index-kl.md derives the cost. Tested in tests/unit/index_kl_test.cc.
+// there is room (bf16: computed again, index_kl_bf16-inl.h). A task of the backward owns many queries and goes through
+// the blocks once, with the saved lse: Q - P of a tile and its products at once. dq_idx is the task's own; dk_idx is
+// summed over tasks in a fixed order (ordered_sums.h). docs/index-kl.md derives the cost. Tested in
+// tests/unit/index_kl_test.cc.
 #if defined(MSA_CPU_INDEX_KL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_INDEX_KL_INL_H_
 #undef MSA_CPU_INDEX_KL_INL_H_
@@ -24,8 +25,10 @@
 #include "src/cpu/index_kl_bf16-inl.h"
 #include "src/cpu/index_kl_plan.h"
 #include "src/cpu/index_kl_problem.h"
+#include "src/cpu/index_kl_rows-inl.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/ordered_sums.h"
+#include "src/cpu/prefetch_queue.h"
 #include "src/cpu/row_ops-inl.h"
 #include "src/cpu/softmax-inl.h"
 #include "src/cpu/tile-inl.h"
@@ -33,55 +36,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
-
-/// ln(x) of normal positive x, within 2 units in the last place; NaN of NaN. A lane's result depends on that lane
-/// alone.
-inline HWY_ATTR FloatVec log_lanes(FloatVec x) {
-  const FloatTag df;
-  const hn::RebindToSigned<FloatTag> di;
-  // x = 2^n m with m in [sqrt(1/2), sqrt(2)): taking the bits of sqrt(1/2) away leaves n in the exponent's place.
-  const auto bits = hn::BitCast(di, x);
-  const auto n = hn::ShiftRight<23>(hn::Sub(bits, hn::Set(di, 0x3f3504f3)));
-  const auto m = hn::BitCast(df, hn::Sub(bits, hn::ShiftLeft<23>(n)));
-  // With f = m - 1 (exact) and s = f / (2 + f), ln m = 2 atanh(s) = 2 s + s^3 p(s^2), |s| <= 0.1716, and 2 s = f - s f:
-  // ln m = f - s (f - s^2 p). p is a minimax polynomial that leaves a relative error of 5e-12.
-  const auto f = hn::Sub(m, hn::Set(df, 1.0f));
-  const auto s = hn::Div(f, hn::Add(m, hn::Set(df, 1.0f)));
-  const auto z = hn::Mul(s, s);
-  auto p = hn::MulAdd(z, hn::Set(df, 0.235823134f), hn::Set(df, 0.285373005f));
-  p = hn::MulAdd(p, z, hn::Set(df, 0.400003353f));
-  p = hn::MulAdd(p, z, hn::Set(df, 0.666666656f));
-  const auto tail = hn::Mul(s, hn::NegMulAdd(z, p, f));
-  const auto exponent = hn::ConvertTo(df, n);
-  const auto low = hn::MulAdd(exponent, hn::Set(df, -2.12194440e-4f), hn::Sub(f, tail));
-  const auto y = hn::MulAdd(exponent, hn::Set(df, 0.693359375f), low);
-  return hn::IfThenElse(hn::IsNaN(x), x, y);
-}
-
-/// sum of e^(row - shift) over row[0, count), which stays as it is.
-inline HWY_ATTR float sum_of_exp(const float* HWY_RESTRICT row, std::int64_t count, float shift) {
-  const FloatTag df;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-  const auto origin = hn::Set(df, shift);
-  auto sum = hn::Zero(df);
-  std::int64_t j = 0;
-  for (; j + lanes <= count; j += lanes) sum = hn::Add(sum, exp_lanes(hn::Sub(hn::LoadU(df, row + j), origin)));
-  if (j < count) {
-    const auto mask = hn::FirstN(df, static_cast<std::size_t>(count - j));
-    sum = hn::Add(sum, hn::IfThenElseZero(mask, exp_lanes(hn::Sub(hn::LoadU(df, row + j), origin))));
-  }
-  return hn::GetLane(hn::SumOfLanes(df, sum));
-}
-
-/// The teacher's mass from one more head.
-template <Teacher kTeacher>
-HWY_INLINE HWY_ATTR FloatVec add_mass(FloatVec mass, FloatVec p) {
-  if constexpr (kTeacher == Teacher::kMean) {
-    return hn::Add(mass, p);
-  } else {
-    return hn::IfThenElse(hn::Gt(mass, p), mass, p);
-  }
-}
 
 /// Teacher's mass of the keys in one vector: `heads` rows of exponentials, each times its factor.
 template <Teacher kTeacher>
@@ -157,17 +111,12 @@ HWY_ATTR void subtract_distributions(const float* scores, std::int64_t stride, c
   }
 }
 
-inline void write_float(const TensorView& tensor, std::int64_t row, std::int64_t head, float value) {
-  *reinterpret_cast<float*>(head_row(tensor, row, head)) = value;
-}
-
 /// A chunk of queries and one group in the forward.
 class KlChunk {
  public:
   HWY_ATTR KlChunk(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
                    const QueryChunk& chunk, std::int64_t group, float* scratch)
       : params_(problem.params),
-        multiply_bf16_(problem.multiply_bf16),
         shape_(shape),
         layout_(layout),
         sequence_(core::get_sequence(params_.batch, chunk.sequence)),
@@ -184,7 +133,8 @@ class KlChunk {
         index_key_rows_(params_.k_idx, params_.batch),
         lists_(params_.batch, sequence_, params_.blocks, group, shape.block_size, chunk.begin, chunk.end,
                reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
-    load_queries();
+    load_query_rows(params_.q, first_row_, count_, group * shape.group_size, shape.group_size,
+                    scratch + layout.queries);
     load_query_rows(params_.q_idx, first_row_, count_, group, 1, scratch + layout.index_queries);
   }
 
@@ -300,40 +250,12 @@ class KlChunk {
     }
   }
 
-  HWY_ATTR void load_queries() {
-    float* queries = scratch_ + layout_.queries;
-    const std::int64_t heads = shape_.group_size;
-#if HWY_TARGET == HWY_AVX3
-    if (multiply_bf16_ != nullptr) {
-      auto* rows = reinterpret_cast<std::uint16_t*>(queries);
-      for (std::int64_t i = 0; i < count_; ++i) {
-        copy_bf16_rows(params_.q, first_row_ + i, group_ * heads, heads,
-                       rows + i * heads * padded_inner(shape_.head_dim));
-      }
-      return;
-    }
-#endif
-    load_query_rows(params_.q, first_row_, count_, group_ * heads, heads, queries);
-  }
-
   HWY_ATTR void load_block(std::int64_t block, std::int64_t block_keys) {
     const std::int64_t begin = block * shape_.block_size;
-    load_keys(begin, block_keys);
+    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, block_keys, shape_.head_dim,
+                         scratch_ + layout_.keys, padded_stride(shape_.block_size));
     load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, block_keys, shape_.index_dim,
                          scratch_ + layout_.index_keys, padded_stride(shape_.block_size));
-  }
-
-  HWY_ATTR void load_keys(std::int64_t begin, std::int64_t keys) {
-    float* out = scratch_ + layout_.keys;
-#if HWY_TARGET == HWY_AVX3
-    if (multiply_bf16_ != nullptr) {
-      pack_keys(key_rows_, sequence_.index, group_, begin, keys, shape_.head_dim, reinterpret_cast<std::uint16_t*>(out),
-                padded_pair_stride(shape_.block_size));
-      return;
-    }
-#endif
-    load_keys_transposed(key_rows_, params_.k.dtype, sequence_.index, group_, begin, keys, shape_.head_dim, out,
-                         padded_stride(shape_.block_size));
   }
 
   // Exponentials, maximum and sum of the heads' rows.
@@ -342,30 +264,6 @@ class KlChunk {
     const std::int64_t key_stride = padded_stride(shape_.block_size);
     const std::int64_t group_size = shape_.group_size;
     const auto scale = static_cast<float>(*params_.scale);
-#if HWY_TARGET == HWY_AVX3
-    if (multiply_bf16_ != nullptr) {
-      const auto* queries = reinterpret_cast<const std::uint16_t*>(scratch_ + layout_.queries);
-      float* scores = scratch_ + layout_.scores;
-      for (std::int64_t first = 0; first < count * group_size; first += kBf16Rows) {
-        const std::uint16_t* rows[kBf16Rows];
-        const std::int64_t here = std::min(kBf16Rows, count * group_size - first);
-        for (std::int64_t r = 0; r < here; ++r) {
-          const std::int64_t row = members[(first + r) / group_size] * group_size + (first + r) % group_size;
-          rows[r] = queries + row * padded_inner(shape_.head_dim);
-        }
-        score_bf16_rows(multiply_bf16_, rows, here, columns, shape_.head_dim,
-                        reinterpret_cast<const std::uint16_t*>(scratch_ + layout_.keys),
-                        padded_pair_stride(shape_.block_size), scores, key_stride);
-        for (std::int64_t r = 0; r < here; ++r) {
-          const std::int64_t t = (first + r) / group_size;
-          float* row = tile + (t * row_count_ + (first + r) % group_size) * tile_stride_;
-          exponentiate_row(scores + r * key_stride, lists_.visible_keys(members[t], block), scale, row,
-                           row[shape_.block_size], row[shape_.block_size + 1]);
-        }
-      }
-      return;
-    }
-#endif
     const TileRows<const float> queries{scratch_ + layout_.queries, members, group_size, group_size * shape_.head_dim,
                                         shape_.head_dim};
     const TileRows<float> scores{tile, nullptr, group_size, row_count_ * tile_stride_, tile_stride_};
@@ -399,7 +297,6 @@ class KlChunk {
   }
 
   const IndexKlParams& params_;
-  [[maybe_unused]] Bf16Kernel multiply_bf16_;  // used on AVX-512 only
   const IndexKlShape& shape_;
   const IndexKlLayout& layout_;
   core::Sequence sequence_;
@@ -417,27 +314,36 @@ class KlChunk {
   BlockLists lists_;
 };
 
-/// One task of the forward: saves lse and norms and writes values[row * kv_heads + group] = the row's KL.
-inline HWY_ATTR void run_index_kl(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
-                                  const QueryChunk& chunk, std::int64_t group, float* scratch, double* values) {
-  const IndexKlParams& params = problem.params;
-#if HWY_TARGET == HWY_AVX3
-  std::optional<AmxTiles> tiles;
-  if (problem.needs_amx_tiles) tiles.emplace();
-#endif
-  KlChunk task(problem, shape, layout, chunk, group, scratch);
+template <class Chunk>
+HWY_ATTR void run_index_kl_with(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
+                                const QueryChunk& chunk, std::int64_t group, float* scratch, double* values) {
+  Chunk task(problem, shape, layout, chunk, group, scratch);
   auto* row_values = reinterpret_cast<double*>(scratch + layout.values);
   task.find_sums();
   task.find_norms();
-  if (params.teacher == Teacher::kMean) {
-    task.find_divergence<Teacher::kMean>(row_values);
+  if (problem.params.teacher == Teacher::kMean) {
+    task.template find_divergence<Teacher::kMean>(row_values);
   } else {
-    task.find_divergence<Teacher::kMax>(row_values);
+    task.template find_divergence<Teacher::kMax>(row_values);
   }
   task.save(problem.saved);
   for (std::int64_t i = 0; i < task.count(); ++i) {
     values[(task.first_row() + i) * shape.kv_heads + group] = row_values[i];
   }
+}
+
+/// One task of the forward: saves lse and norms and writes values[row * kv_heads + group] = the row's KL.
+inline HWY_ATTR void run_index_kl(const IndexKlProblem& problem, const IndexKlShape& shape, const IndexKlLayout& layout,
+                                  const QueryChunk& chunk, std::int64_t group, float* scratch, double* values) {
+#if HWY_TARGET == HWY_AVX3
+  if (problem.multiply_bf16 != nullptr) {
+    std::optional<AmxTiles> tiles;
+    if (problem.needs_amx_tiles) tiles.emplace();
+    run_index_kl_with<Bf16KlChunk>(problem, shape, layout, chunk, group, scratch, values);
+    return;
+  }
+#endif
+  run_index_kl_with<KlChunk>(problem, shape, layout, chunk, group, scratch, values);
 }
 
 /// A chunk of queries and one group in the backward: add_block for ascending blocks, write_query_grads.
@@ -471,6 +377,9 @@ class KlChunkBackward {
         index_scores_(scratch + layout.index_scores),
         lists_(params_.batch, sequence_, params_.blocks, group, shape.block_size, chunk.begin, chunk.end,
                reinterpret_cast<std::int32_t*>(scratch + layout.lists)) {
+#if HWY_TARGET == HWY_AVX3
+    if (shape.has_bf16_index) index_tile_.emplace(problem, shape, layout, sequence_.index, group, first_row_, scratch);
+#endif
     std::fill(query_grads_, query_grads_ + count_ * shape.index_dim, 0.0f);
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t row = first_row_ + i;
@@ -494,7 +403,14 @@ class KlChunkBackward {
     // Nothing behind the last member's position is read: it need not even hold a key.
     load_block(block * shape_.block_size, lists_.visible_keys(members[count - 1], block));
     for (std::int64_t t0 = 0; t0 < count; t0 += kScoreRows) {
-      add_tile<kTeacher>(block, members + t0, std::min(kScoreRows, count - t0), part);
+      const std::int64_t n = std::min(kScoreRows, count - t0);
+#if HWY_TARGET == HWY_AVX3
+      if (index_tile_) {
+        add_bf16_tile<kTeacher>(block, members + t0, n, part);
+        continue;
+      }
+#endif
+      add_tile<kTeacher>(block, members + t0, n, part);
     }
   }
 
@@ -509,6 +425,12 @@ class KlChunkBackward {
  private:
   HWY_ATTR void load_block(std::int64_t begin, std::int64_t keys) {
     load_keys(begin, keys);
+#if HWY_TARGET == HWY_AVX3
+    if (index_tile_) {
+      index_tile_->load_keys(begin, keys);
+      return;
+    }
+#endif
     load_value_rows(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
                     index_keys_, index_stride_);
     load_keys_transposed(index_key_rows_, params_.k_idx.dtype, sequence_.index, 0, begin, keys, shape_.index_dim,
@@ -540,12 +462,7 @@ class KlChunkBackward {
     }
     product(count, columns, shape_.index_dim, index_queries_, index_stride_, 1, index_keys_t_, block_stride_,
             index_scores_, block_stride_, Sums::kReplace);
-    std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
-    if (multiply_bf16_ != nullptr) tile_queries = std::max<std::int64_t>(1, kBf16Rows / shape_.group_size);
-    for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
-      find_gradients<kTeacher>(block, members + t0, std::min(tile_queries, count - t0), columns,
-                               index_scores_ + t0 * block_stride_);
-    }
+    find_tile_gradients<kTeacher>(block, members, count, columns);
     const auto add_query_grads = [&](std::int64_t begin, std::int64_t end, std::int64_t visible) HWY_ATTR {
       float* grads[kScoreRows];
       for (std::int64_t t = begin; t < end; ++t) grads[t - begin] = query_grads_ + members[t] * shape_.index_dim;
@@ -574,6 +491,42 @@ class KlChunkBackward {
     }
   }
 
+#if HWY_TARGET == HWY_AVX3
+  template <Teacher kTeacher>
+  HWY_ATTR void add_bf16_tile(std::int64_t block, const std::int32_t* members, std::int64_t count, float* part) {
+    const std::int64_t columns = padded_columns(lists_.visible_keys(members[count - 1], block));
+    index_tile_->score(members, count, columns, index_scores_, block_stride_);
+    find_tile_gradients<kTeacher>(block, members, count, columns);
+    index_tile_->add_gradients(
+        index_scores_, block_stride_, members, count,
+        [&](std::int64_t t) { return lists_.visible_keys(members[t], block); }, query_grads_, part);
+  }
+#endif
+
+  template <Teacher kTeacher>
+  HWY_ATTR void find_tile_gradients(std::int64_t block, const std::int32_t* members, std::int64_t count,
+                                    std::int64_t columns) {
+    std::int64_t tile_queries = kl_tile_queries(shape_.group_size);
+    if (multiply_bf16_ != nullptr) tile_queries = std::max<std::int64_t>(1, kBf16Rows / shape_.group_size);
+    for (std::int64_t t0 = 0; t0 < count; t0 += tile_queries) {
+      if (multiply_bf16_ != nullptr)
+        queue_queries(members + t0 + tile_queries, std::min(tile_queries, count - t0 - tile_queries));
+      find_gradients<kTeacher>(block, members + t0, std::min(tile_queries, count - t0), columns,
+                               index_scores_ + t0 * block_stride_);
+    }
+  }
+
+  // What the next product reads: the queries of a long chunk come from far away.
+  void queue_queries(const std::int32_t* members, std::int64_t count) {
+    soon_.clear();
+    const std::int64_t bytes = shape_.head_dim * static_cast<std::int64_t>(dtype_size(params_.q.dtype));
+    for (std::int64_t t = 0; t < count; ++t) {
+      for (std::int64_t h = 0; h < shape_.group_size; ++h) {
+        soon_.push(head_row(params_.q, first_row_ + members[t], group_ * shape_.group_size + h), bytes);
+      }
+    }
+  }
+
   // Turns the index scores of a few queries into Q - P.
   template <Teacher kTeacher>
   HWY_ATTR void find_gradients(std::int64_t block, const std::int32_t* members, std::int64_t count,
@@ -583,25 +536,20 @@ class KlChunkBackward {
     const auto index_scale = static_cast<float>(*params_.index_scale);
 #if HWY_TARGET == HWY_AVX3
     if (multiply_bf16_ != nullptr) {
-      auto* queries = reinterpret_cast<std::uint16_t*>(queries_);
-      const std::int64_t inner = padded_inner(shape_.head_dim);
-      for (std::int64_t t = 0; t < count; ++t) {
-        copy_bf16_rows(params_.q, first_row_ + members[t], group_ * group_size, group_size,
-                       queries + t * group_size * inner);
-      }
-      for (std::int64_t first = 0; first < count * group_size; first += kBf16Rows) {
-        const std::uint16_t* rows[kBf16Rows];
-        const std::int64_t here = std::min(kBf16Rows, count * group_size - first);
-        for (std::int64_t r = 0; r < here; ++r) rows[r] = queries + (first + r) * inner;
-        score_bf16_rows(multiply_bf16_, rows, here, columns, shape_.head_dim,
+      const std::uint16_t* rows[kBf16Rows];
+      for (std::int64_t h0 = 0; h0 < group_size; h0 += kBf16Rows) {
+        const std::int64_t heads = std::min(kBf16Rows, group_size - h0);
+        find_bf16_rows(params_.q, first_row_, members, count, group_ * group_size + h0, heads,
+                       reinterpret_cast<std::uint16_t*>(queries_), rows);
+        score_bf16_rows(multiply_bf16_, rows, count * heads, columns, shape_.head_dim,
                         reinterpret_cast<const std::uint16_t*>(keys_t_), padded_pair_stride(shape_.block_size),
-                        scores_ + first * block_stride_, block_stride_);
+                        scores_ + h0 * block_stride_, block_stride_);
       }
       for (std::int64_t t = 0; t < count; ++t) {
         const float* lse = lse_ + members[t] * (group_size + 1);
         subtract_distributions_bf16<kTeacher>(scores_ + t * group_size * block_stride_, block_stride_, lse, group_size,
                                               scale, norms_[members[t]], index_scale, lse[group_size],
-                                              lists_.visible_keys(members[t], block), columns,
+                                              lists_.visible_keys(members[t], block), columns, soon_,
                                               index_scores + t * block_stride_);
       }
       return;
@@ -647,6 +595,10 @@ class KlChunkBackward {
   float* scores_;
   float* index_scores_;
   BlockLists lists_;
+  PrefetchQueue soon_;
+#if HWY_TARGET == HWY_AVX3
+  std::optional<Bf16IndexTile> index_tile_;
+#endif
 };
 
 /// Writes dk_idx of `rows` keys, the first being row `first` of the packed buffer.

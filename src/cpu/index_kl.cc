@@ -37,6 +37,8 @@ IndexKlShape find_shape(const IndexKlParams& params) {
   shape.topk = params.blocks.empty() ? 0 : params.blocks.size(2);
   shape.has_bf16_dots =
       params.q.dtype == DType::kBFloat16 && params.k.dtype == DType::kBFloat16 && active_bf16_kernel() != nullptr;
+  shape.has_bf16_index =
+      shape.has_bf16_dots && params.q_idx.dtype == DType::kBFloat16 && params.k_idx.dtype == DType::kBFloat16;
   return shape;
 }
 

@@ -10,6 +10,10 @@
 namespace msa::cpu {
 namespace {
 
+// Queries of a chunk with bf16 dot products take this much in bf16: half of a second-level cache, in which they stay
+// from block to block.
+constexpr std::int64_t kBf16ChunkBytes = std::int64_t{1} << 20;
+
 // Score tiles kept for the second time through the blocks: writing and reading a score costs far less than head_dim
 // multiply-adds, even in memory. 16 MiB hold the tiles of 6 queries of the paper's layer, one score tile, over 32K
 // keys, or of 107 queries with 16 blocks each.
@@ -24,21 +28,46 @@ std::int64_t bf16_query_floats(const IndexKlShape& shape, std::int64_t rows) {
   return floats_for(rows * padded_inner(shape.head_dim), sizeof(std::uint16_t));
 }
 
-std::int64_t key_floats(const IndexKlShape& shape) {
-  if (!shape.has_bf16_dots) return shape.head_dim * padded_stride(shape.block_size);
-  return floats_for(padded_inner(shape.head_dim) / 2 * padded_pair_stride(shape.block_size), sizeof(std::uint16_t));
+std::int64_t bf16_floats(std::int64_t elements) { return floats_for(elements, sizeof(std::uint16_t)); }
+
+// Keys of `dim` elements turned round.
+std::int64_t key_floats(const IndexKlShape& shape, std::int64_t dim, bool is_bf16) {
+  if (!is_bf16) return dim * padded_stride(shape.block_size);
+  return bf16_floats(padded_inner(dim) / 2 * padded_pair_stride(shape.block_size));
+}
+
+IndexKlLayout lay_out_bf16_index_kl(const IndexKlShape& shape, std::int64_t chunk) {
+  const std::int64_t row_count = kl_bf16_row_count(shape.group_size);
+  const std::int64_t tile_rows = std::max<std::int64_t>(1, kBf16Rows / shape.group_size) * shape.group_size;
+  IndexKlLayout layout;
+  LayoutCursor cursor;
+  layout.queries = cursor.take(bf16_query_floats(shape, chunk * shape.group_size));
+  layout.index_queries =
+      cursor.take(shape.has_bf16_index ? bf16_floats(chunk * padded_inner(shape.index_dim)) : chunk * shape.index_dim);
+  layout.keys = cursor.take(key_floats(shape, shape.head_dim, true));
+  layout.index_keys = cursor.take(key_floats(shape, shape.index_dim, shape.has_bf16_index));
+  layout.largest = cursor.take(chunk * row_count);
+  layout.totals = cursor.take(chunk * row_count);
+  layout.factors = cursor.take(2 * chunk * row_count);
+  layout.norms = cursor.take(chunk);
+  layout.values = cursor.take(floats_for(chunk, sizeof(double)));
+  layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, shape.blocks));
+  layout.tile = cursor.take(kBf16Rows * padded_stride(shape.block_size));
+  layout.scores = cursor.take((tile_rows + 16) * padded_stride(shape.block_size));
+  layout.strip = layout.end = cursor.end();
+  return layout;
 }
 
 }  // namespace
 
 IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bool keep_tiles) {
+  if (shape.has_bf16_dots) return lay_out_bf16_index_kl(shape, chunk);
   const std::int64_t row_floats = (shape.group_size + 1) * kl_tile_stride(shape.block_size);  // of a query and a block
   IndexKlLayout layout;
   LayoutCursor cursor;
-  layout.queries = cursor.take(shape.has_bf16_dots ? bf16_query_floats(shape, chunk * shape.group_size)
-                                                   : chunk * shape.group_size * shape.head_dim);
+  layout.queries = cursor.take(chunk * shape.group_size * shape.head_dim);
   layout.index_queries = cursor.take(chunk * shape.index_dim);
-  layout.keys = cursor.take(key_floats(shape));
+  layout.keys = cursor.take(shape.head_dim * padded_stride(shape.block_size));
   layout.index_keys = cursor.take(shape.index_dim * padded_stride(shape.block_size));
   layout.largest = cursor.take(chunk * (shape.group_size + 1));
   layout.totals = cursor.take(floats_for(chunk * (shape.group_size + 1), sizeof(double)));
@@ -47,7 +76,6 @@ IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bo
   layout.values = cursor.take(floats_for(chunk, sizeof(double)));
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, shape.blocks));
   layout.tile = cursor.take(std::min(chunk, kl_tile_queries(shape.group_size)) * row_floats);
-  if (shape.has_bf16_dots) layout.scores = cursor.take(kBf16Rows * padded_stride(shape.block_size));
   layout.strip_floats = keep_tiles ? std::min(kStripFloats, chunk * query_strip_floats(shape)) : 0;
   layout.strip = cursor.take(layout.strip_floats);
   layout.end = cursor.end();
@@ -55,6 +83,15 @@ IndexKlLayout lay_out_index_kl(const IndexKlShape& shape, std::int64_t chunk, bo
 }
 
 IndexKlPlan plan_index_kl(const std::string& op, const IndexKlShape& shape, int threads, std::size_t workspace_limit) {
+  if (shape.has_bf16_dots) {
+    const std::int64_t query_bytes = shape.group_size * padded_inner(shape.head_dim) * 2;
+    const std::int64_t chunk = std::clamp<std::int64_t>(kBf16ChunkBytes / query_bytes, 16, 1024);
+    IndexKlPlan plan;
+    plan.keep_tiles = false;
+    plan.chunks = plan_chunks(op, shape.queries, shape.kv_heads, chunk, 16, threads, workspace_limit,
+                              [&](std::int64_t c) { return bytes_of(lay_out_index_kl(shape, c, false).end); });
+    return plan;
+  }
   // As many queries as the strip holds, within one score tile of rows (a block's loading costs a few rows' arithmetic)
   // and 128 queries (enough for that where blocks are chosen by few).
   const std::int64_t least = kl_tile_queries(shape.group_size);
@@ -81,14 +118,25 @@ IndexKlBackwardLayout lay_out_index_kl_backward(const IndexKlShape& shape) {
   layout.norms = cursor.take(chunk);
   layout.query_grads = cursor.take(chunk * shape.index_dim);
   layout.lists = cursor.take(BlockLists::scratch_elements(chunk, shape.topk, shape.blocks));
-  layout.keys_t = cursor.take(key_floats(shape));
-  layout.index_keys = cursor.take(shape.block_size * padded_stride(shape.index_dim));
-  layout.index_keys_t = cursor.take(shape.index_dim * block_stride);
+  const std::int64_t index_inner = padded_inner(shape.index_dim);
+  const std::int64_t index_pair_stride = padded_pair_stride(shape.index_dim);
+  layout.keys_t = cursor.take(key_floats(shape, shape.head_dim, shape.has_bf16_dots));
+  layout.index_keys =
+      cursor.take(shape.has_bf16_index ? bf16_floats(padded_inner(shape.block_size) / 2 * index_pair_stride)
+                                       : shape.block_size * padded_stride(shape.index_dim));
+  layout.index_keys_t = cursor.take(key_floats(shape, shape.index_dim, shape.has_bf16_index));
   layout.queries = cursor.take(shape.has_bf16_dots ? bf16_query_floats(shape, tile_rows)
                                                    : tile_rows * padded_stride(shape.head_dim));
-  layout.index_queries = cursor.take(index_rows * padded_stride(shape.index_dim));
+  layout.index_queries = cursor.take(shape.has_bf16_index ? bf16_floats(kScoreRows * index_inner)
+                                                          : index_rows * padded_stride(shape.index_dim));
   layout.scores = cursor.take((tile_rows + (shape.has_bf16_dots ? 16 : 0)) * block_stride);
-  layout.index_scores = cursor.take(index_rows * block_stride);
+  layout.index_scores = cursor.take((index_rows + (shape.has_bf16_index ? 16 : 0)) * block_stride);
+  if (shape.has_bf16_index) {
+    layout.index_pairs = cursor.take(bf16_floats(kScoreRows / 2 * index_pair_stride));
+    layout.gradient_rows = cursor.take(bf16_floats(kScoreRows * padded_inner(shape.block_size)));
+    layout.gradients_t = cursor.take(bf16_floats(shape.block_size * kScoreRows));
+    layout.products = cursor.take(std::max(kScoreRows, shape.block_size) * padded_stride(shape.index_dim));
+  }
   layout.part = cursor.take(shape.block_size * shape.index_dim);
   layout.end = cursor.end();
   return layout;
