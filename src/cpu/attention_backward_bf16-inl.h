@@ -80,7 +80,16 @@ class Bf16ChunkBackward {
     std::fill(query_grads_, query_grads_ + rows_.count * shape.head_dim, 0.0f);
   }
 
-  HWY_ATTR void find_terms() { find_row_terms(problem_.saved, rows_, terms_); }
+  HWY_ATTR void find_terms() {
+    for (std::int64_t r = 0; r < rows_.count; ++r) {
+      const std::int64_t row = rows_.row(r);
+      const std::int64_t head = rows_.head(r);
+      const float mean = dot_bf16(head_row(problem_.saved.out, row, head), head_row(problem_.saved.dout, row, head));
+      const float lse_grad = problem_.saved.dlse.empty() ? 0.0f : read_float(problem_.saved.dlse, row, head);
+      terms_[r] = {
+          .shift = read_float(problem_.saved.lse, row, head), .weight = 1.0f, .mean = mean, .lse_grad = lse_grad};
+    }
+  }
 
   bool has_members(std::int64_t block) const { return block < lists_.blocks() && lists_.count(block) > 0; }
 
@@ -121,6 +130,19 @@ class Bf16ChunkBackward {
 
  private:
   static std::uint16_t* bf16(float* scratch) { return reinterpret_cast<std::uint16_t*>(scratch); }
+
+  // <a, b> of two rows of value_dim elements.
+  HWY_ATTR float dot_bf16(const std::byte* a, const std::byte* b) const {
+    const auto widen = [](const std::byte* from) HWY_ATTR {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    };
+    __m512 sum = _mm512_setzero_ps();
+    for (std::int64_t d = 0; d < shape_.value_dim; d += 16) {
+      sum = _mm512_fmadd_ps(widen(a + 2 * d), widen(b + 2 * d), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
 
   HWY_ATTR bool load_keys(std::int64_t begin, std::int64_t keys) {
     return pack_values(key_rows_, sequence_.index, kv_head_, begin, keys, shape_.head_dim, keys_, head_pair_stride_);
@@ -231,31 +253,14 @@ class Bf16ChunkBackward {
     }
   }
 
-  HWY_ATTR void multiply(std::int64_t rows, std::int64_t cols, std::int64_t inner, const std::uint16_t* a,
-                         std::int64_t a_stride, const std::uint16_t* b, std::int64_t b_stride, float* c,
-                         std::int64_t c_stride) const {
-    const std::uint16_t* a_rows[kMaxHeadDim];  // rows are kBf16Rows or fewer, or a dimension
-    for (std::int64_t r = 0; r < rows; ++r) a_rows[r] = a + r * a_stride;
-    Bf16Product product;
-    product.rows = rows;
-    product.cols = cols;
-    product.inner = inner;
-    product.a = a_rows;
-    product.b = b;
-    product.b_stride = b_stride;
-    product.c = c;
-    product.c_stride = c_stride;
-    problem_.multiply_bf16(product);
-  }
-
   // P and dS of rows [first, first + rows) of the tile, rows <= kBf16Rows, and zeros behind them up to kBf16Rows.
   HWY_ATTR void find_gradients(std::int64_t block, const std::int32_t* members, std::int64_t first, std::int64_t rows,
                                std::int64_t most) {
     const std::int64_t columns = padded_columns(most);
-    multiply(rows, columns, head_inner_, queries_ + first * head_inner_, head_inner_, keys_t_, key_pair_stride_,
-             scores_, score_stride_);
-    multiply(rows, columns, value_inner_, out_grads_ + first * value_inner_, value_inner_, values_t_, key_pair_stride_,
-             grads_, score_stride_);
+    multiply_rows(problem_.multiply_bf16, rows, columns, head_inner_, queries_ + first * head_inner_, head_inner_,
+                  keys_t_, key_pair_stride_, scores_, score_stride_);
+    multiply_rows(problem_.multiply_bf16, rows, columns, value_inner_, out_grads_ + first * value_inner_, value_inner_,
+                  values_t_, key_pair_stride_, grads_, score_stride_);
     for (std::int64_t r = 0; r < kBf16Rows; r += 2) {
       Row pair[2];
       for (std::int64_t i = 0; i < 2; ++i) {
@@ -325,8 +330,9 @@ class Bf16ChunkBackward {
   // dq of rows [first, first + rows) of the tile, rows <= kBf16Rows, from the keys [0, most) as they are.
   HWY_ATTR void add_query_grads(std::int64_t first, std::int64_t rows, std::int64_t most) {
     const std::int64_t stride = padded_stride(shape_.head_dim);
-    multiply(rows, shape_.head_dim, padded_inner(most), gradient_rows_ + first * gradient_stride_, gradient_stride_,
-             keys_, head_pair_stride_, products_, stride);
+    multiply_rows(problem_.multiply_bf16, rows, shape_.head_dim, padded_inner(most),
+                  gradient_rows_ + first * gradient_stride_, gradient_stride_, keys_, head_pair_stride_, products_,
+                  stride);
     for (std::int64_t r = 0; r < rows; ++r) {
       add_row(products_ + r * stride, shape_.head_dim, query_grads_ + tile_rows_[first + r] * shape_.head_dim);
     }
@@ -336,8 +342,8 @@ class Bf16ChunkBackward {
   HWY_ATTR void add_key_grads(std::int64_t rows, std::int64_t begin, std::int64_t end, float* part) {
     const auto add = [&](std::int64_t dim, const std::uint16_t* rows_t, const std::uint16_t* pairs,
                          float* sum) HWY_ATTR {
-      multiply(dim, padded_columns(end), padded_inner(rows), rows_t, row_stride_, pairs, key_pair_stride_, products_,
-               key_stride_);
+      multiply_rows(problem_.multiply_bf16, dim, padded_columns(end), padded_inner(rows), rows_t, row_stride_, pairs,
+                    key_pair_stride_, products_, key_stride_);
       for (std::int64_t d = 0; d < dim; ++d) {
         const float* from = products_ + d * key_stride_;
         float* to = sum + d * shape_.block_size;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of bf16 brought into the shapes that sums over rows need (bf16_dot.h): turned round, or side by side in pairs.
-// Shared by the backward of attention and of the KL loss. Tested through the operators.
+// Rows of bf16 brought into the shapes that sums over rows need (bf16_dot.h): turned round, or side by side in pairs;
+// and their product. Shared by the backward of attention and of the KL loss. Tested through the operators.
 #if defined(MSA_CPU_BF16_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MSA_CPU_BF16_ROWS_INL_H_
 #undef MSA_CPU_BF16_ROWS_INL_H_
@@ -13,7 +13,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "msa/attention.h"
+#include "msa/select_blocks.h"
 #include "src/cpu/attention_bf16-inl.h"
+#include "src/cpu/bf16_dot.h"
 
 #if HWY_TARGET == HWY_AVX3
 
@@ -78,6 +81,25 @@ inline HWY_ATTR void pair_rows(const std::uint16_t* HWY_RESTRICT rows, std::int6
                           _mm512_or_si512(load(r), _mm512_slli_epi32(load(r + 1), 16)));
     }
   }
+}
+
+/// c[rows, cols] = a * b for up to kMaxHeadDim rows of a, one stride apart; otherwise as Bf16Product.
+inline HWY_ATTR void multiply_rows(Bf16Kernel multiply, std::int64_t rows, std::int64_t cols, std::int64_t inner,
+                                   const std::uint16_t* a, std::int64_t a_stride, const std::uint16_t* b,
+                                   std::int64_t b_stride, float* c, std::int64_t c_stride) {
+  static_assert(kMaxHeadDim >= kMaxBlockSize);
+  const std::uint16_t* a_rows[kMaxHeadDim];
+  for (std::int64_t r = 0; r < rows; ++r) a_rows[r] = a + r * a_stride;
+  Bf16Product product;
+  product.rows = rows;
+  product.cols = cols;
+  product.inner = inner;
+  product.a = a_rows;
+  product.b = b;
+  product.b_stride = b_stride;
+  product.c = c;
+  product.c_stride = c_stride;
+  multiply(product);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -191,7 +191,7 @@ class Bf16IndexTile {
     for (std::int64_t t = 0; t < count; ++t) {
       copy_bf16_rows(params_.q_idx, first_row_ + members[t], group_, 1, queries_ + t * inner_);
     }
-    multiply(count, columns, inner_, queries_, inner_, keys_t_, key_pair_stride_, scores, stride);
+    multiply_rows(multiply_, count, columns, inner_, queries_, inner_, keys_t_, key_pair_stride_, scores, stride);
   }
 
   /// Adds to dq_idx of the members (rows of index_dim floats in query_grads) and to dk_idx of the block, `part`, what
@@ -256,35 +256,18 @@ class Bf16IndexTile {
     }
   }
 
-  HWY_ATTR void multiply(std::int64_t rows, std::int64_t cols, std::int64_t inner, const std::uint16_t* a,
-                         std::int64_t a_stride, const std::uint16_t* b, std::int64_t b_stride, float* c,
-                         std::int64_t c_stride) const {
-    const std::uint16_t* a_rows[kMaxBlockSize];
-    for (std::int64_t r = 0; r < rows; ++r) a_rows[r] = a + r * a_stride;
-    Bf16Product product;
-    product.rows = rows;
-    product.cols = cols;
-    product.inner = inner;
-    product.a = a_rows;
-    product.b = b;
-    product.b_stride = b_stride;
-    product.c = c;
-    product.c_stride = c_stride;
-    multiply_(product);
-  }
-
   HWY_ATTR void add_query_grads(const std::int32_t* members, std::int64_t begin, std::int64_t end, std::int64_t most,
                                 float* query_grads) {
-    multiply(end - begin, shape_.index_dim, padded_inner(most), gradients_ + begin * key_inner_, key_inner_, keys_,
-             pair_stride_, products_, product_stride_);
+    multiply_rows(multiply_, end - begin, shape_.index_dim, padded_inner(most), gradients_ + begin * key_inner_,
+                  key_inner_, keys_, pair_stride_, products_, product_stride_);
     for (std::int64_t t = begin; t < end; ++t) {
       add_row(products_ + (t - begin) * product_stride_, shape_.index_dim, query_grads + members[t] * shape_.index_dim);
     }
   }
 
   HWY_ATTR void add_key_grads(std::int64_t count, std::int64_t begin, std::int64_t end, float* part) {
-    multiply(end - begin, shape_.index_dim, padded_inner(count), gradients_t_ + begin * kRowStride, kRowStride,
-             query_pairs_, pair_stride_, products_, product_stride_);
+    multiply_rows(multiply_, end - begin, shape_.index_dim, padded_inner(count), gradients_t_ + begin * kRowStride,
+                  kRowStride, query_pairs_, pair_stride_, products_, product_stride_);
     for (std::int64_t j = begin; j < end; ++j) {
       add_row(products_ + (j - begin) * product_stride_, shape_.index_dim, part + j * shape_.index_dim);
     }
