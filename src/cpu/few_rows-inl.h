@@ -206,15 +206,16 @@ inline HWY_ATTR void screen_span(const SelectBlocksParams& params, const SpanLay
   }
 }
 
-/// The candidates of one row: their scores, screened or exact, and what bounds them.
+/// The first `limit` candidates of one row: their scores, screened or exact, and what bounds them.
 class BoundedRow {
  public:
   HWY_ATTR BoundedRow(const SelectBlocksParams& params, const core::Sequence& sequence, const Choices& choices,
-                      std::int64_t row, const float* scores, const float* magnitudes, std::int32_t* best)
+                      std::int64_t row, std::int64_t limit, const float* scores, const float* magnitudes,
+                      std::int32_t* best)
       : scores_(scores),
         magnitudes_(magnitudes),
         begin_(choices.begin()),
-        count_(std::max<std::int64_t>(0, choices.end(row / params.q_idx.size(1)) - choices.begin())),
+        count_(std::clamp<std::int64_t>(choices.end(row / params.q_idx.size(1)) - choices.begin(), 0, limit)),
         slots_(choices.slots()),
         best_(best) {
     alignas(64) float query[kMaxHeadDim];
@@ -326,14 +327,14 @@ class BoundedRow {
   std::int32_t out_ = INT32_MIN;
 };
 
-/// Marks the blocks that row r of a sequence leaves in doubt: doubtful[b - begin] = 1. Other rows may mark the same ones
-/// at the same time. `best` is int32 [4, topk + 1].
+/// Marks those of the first `limit` candidates that row r of a sequence leaves in doubt: doubtful[b - begin] = 1. Other
+/// rows may mark the same ones at the same time. `best` is int32 [4, topk + 1].
 inline HWY_ATTR void mark_doubtful(const SelectBlocksParams& params, std::int64_t sequence_index, std::int64_t r,
-                                   const float* scores, const float* magnitudes, std::int32_t* best,
+                                   std::int64_t limit, const float* scores, const float* magnitudes, std::int32_t* best,
                                    std::uint8_t* doubtful) {
   const core::Sequence sequence = core::get_sequence(params.batch, sequence_index);
   const Choices choices(params, sequence);
-  const BoundedRow row(params, sequence, choices, r, scores, magnitudes, best);
+  const BoundedRow row(params, sequence, choices, r, limit, scores, magnitudes, best);
   row.for_each_in_doubt([&](std::int64_t block) {
     std::atomic_ref<std::uint8_t>(doubtful[block - choices.begin()]).store(1, std::memory_order_relaxed);
   });
@@ -347,7 +348,7 @@ inline HWY_ATTR void select_screened_row(const SelectBlocksParams& params, std::
   const Choices choices(params, sequence);
   const std::int64_t groups = params.q_idx.size(1);
   const std::int64_t i = r / groups;
-  const BoundedRow row(params, sequence, choices, r, scores, magnitudes, best);
+  const BoundedRow row(params, sequence, choices, r, INT64_MAX, scores, magnitudes, best);
   std::int32_t chosen[kMaxTopk];
   const std::int64_t count = row.choose(chosen);
   write_selection(block_row(blocks, r % groups, sequence.query_begin + i), params.topk, choices.visible(i),

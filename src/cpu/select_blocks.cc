@@ -10,6 +10,7 @@
 #if HWY_ONCE
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "src/core/buffer.h"
@@ -77,6 +78,7 @@ class Selection {
     std::int64_t blocks = 0;
     std::int64_t whole_end = 0;  // blocks below are seen whole by all rows; screened: the others are not
     bool is_screened = false;
+    std::int64_t looked = 0;  // blocks after which the screening is given up if it decides too little; 0: never
     float* scores = nullptr;      // [rows, stride()]
     float* magnitudes = nullptr;  // [stride()]
     std::uint8_t* doubtful = nullptr;  // [stride()]
@@ -97,9 +99,15 @@ class Selection {
     if (screen.block_max == nullptr || few.rows == 0) return few;
     few.whole_end = (choices.position(0) + 1) / shape_.block_size;
     const std::int64_t whole = few.whole_end - few.begin;
-    few.is_screened = screening_ == Screening::kAuto
-                          ? screen_.dot.is_fast && whole >= kLeastBlocksPerSlot * params_.topk
-                          : whole > 0;
+    if (screening_ != Screening::kAuto) {
+      few.is_screened = whole > 0;
+      return few;
+    }
+    // Enough blocks that a look at some of them pays, and of those enough that the best stand out.
+    constexpr std::int64_t kLookedPerSlot = 4;
+    const std::int64_t looked = std::max(kLookedPerSlot * params_.topk, whole / 8);
+    few.is_screened = screen_.dot.is_fast && whole >= 2 * looked;
+    few.looked = few.is_screened ? looked : 0;
     return few;
   }
   /// How few rows are screened: where there are bf16 products, and both sides are numbers of bf16.
@@ -152,11 +160,12 @@ class Selection {
     const auto select = HWY_DYNAMIC_DISPATCH(select_scored_row);
     const auto select_screened = HWY_DYNAMIC_DISPATCH(select_screened_row);
     struct Task {
-      const Few* few = nullptr;
+      Few* few = nullptr;
       std::int64_t first = 0;  // block, or row
     };
     for (std::size_t at = 0; at < few.size();) {
       // As many sequences as the scores have room for.
+      std::vector<Task> looks;
       std::vector<Task> spans;
       std::vector<Task> rows;
       std::vector<Task> screened_rows;
@@ -171,22 +180,43 @@ class Selection {
         }
         used += f.score_floats();
         ranked += f.rows * f.blocks;
-        for (std::int64_t b = 0; b < f.blocks; b += span) spans.push_back({&f, f.begin + b});
-        for (std::int64_t r = 0; r < f.rows; ++r) {
-          rows.push_back({&f, r});
-          if (f.is_screened) screened_rows.push_back({&f, r});
+        for (std::int64_t b = 0; b < f.blocks; b += span) {
+          (b < f.looked ? looks : spans).push_back({&f, f.begin + b});
         }
+        for (std::int64_t r = 0; r < f.rows; ++r) rows.push_back({&f, r});
       }
-      core::parallel_for(plan.workers, static_cast<std::int64_t>(spans.size()), [&](std::int64_t task, int worker) {
-        const auto& [f, first] = spans[static_cast<std::size_t>(task)];
-        const std::int64_t last = std::min(first + span, f->begin + f->blocks);
-        if (f->is_screened) {
-          score_cheaply(params_, layout, screen, f->sequence, first, last, f->whole_end, scratch_of(worker), f->scores,
-                        f->stride(), f->magnitudes);
-        } else {
-          score(params_, layout, f->sequence, first, last, scratch_of(worker), f->scores, f->stride());
+      const auto run_spans = [&](const std::vector<Task>& tasks) {
+        core::parallel_for(plan.workers, static_cast<std::int64_t>(tasks.size()), [&](std::int64_t task, int worker) {
+          const auto& [f, first] = tasks[static_cast<std::size_t>(task)];
+          const std::int64_t last = std::min(first + span, f->begin + f->blocks);
+          if (f->is_screened) {
+            score_cheaply(params_, layout, screen, f->sequence, first, last, f->whole_end, scratch_of(worker),
+                          f->scores, f->stride(), f->magnitudes);
+          } else {
+            score(params_, layout, f->sequence, first, last, scratch_of(worker), f->scores, f->stride());
+          }
+        });
+      };
+      run_spans(looks);
+      std::vector<Few*> looked;
+      for (const Task& task : looks) {
+        if (task.first == task.few->begin) looked.push_back(task.few);
+      }
+      core::parallel_for(plan.workers, static_cast<std::int64_t>(looked.size()), [&](std::int64_t task, int worker) {
+        Few& f = *looked[static_cast<std::size_t>(task)];
+        for (std::int64_t r = 0; r < f.rows; ++r) {
+          mark(params_, f.sequence, r, f.looked, f.row(r), f.magnitudes, best_of(worker), f.doubtful);
         }
+        f.is_screened = 4 * std::accumulate(f.doubtful, f.doubtful + f.looked, std::int64_t{0}) <= f.looked;
+        std::fill(f.doubtful, f.doubtful + f.stride(), std::uint8_t{0});
       });
+      for (const Task& task : looks) {
+        if (!task.few->is_screened) spans.push_back(task);
+      }
+      run_spans(spans);
+      for (const Task& task : rows) {
+        if (task.few->is_screened) screened_rows.push_back(task);
+      }
       // Ranking is short work: a thread for it must find more than it costs to start.
       constexpr std::int64_t kScoresPerThread = 1 << 15;
       const auto workers = static_cast<int>(std::clamp<std::int64_t>(ranked / kScoresPerThread, 1, plan.workers));
@@ -194,10 +224,11 @@ class Selection {
         core::parallel_for(workers, static_cast<std::int64_t>(screened_rows.size()),
                            [&](std::int64_t task, int worker) {
                              const auto& [f, row] = screened_rows[static_cast<std::size_t>(task)];
-                             mark(params_, f->sequence, row, f->row(row), f->magnitudes, best_of(worker), f->doubtful);
+                             mark(params_, f->sequence, row, f->blocks, f->row(row), f->magnitudes, best_of(worker),
+                                  f->doubtful);
                            });
         std::vector<Task> doubts;
-        const Few* last = nullptr;
+        Few* last = nullptr;
         for (const Task& task : screened_rows) {
           if (task.few == last) continue;
           last = task.few;
