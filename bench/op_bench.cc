@@ -581,6 +581,13 @@ void run_all(Bench& bench) {
       decode.time_sparse();
       decode.time_layer();
       decode.time_layer_of_float8();
+      for (const std::int64_t drafts : {4, 16}) {
+        if (context < drafts) continue;
+        ShapeBench verification(bench, "decode", context, drafts);
+        verification.time_select();
+        verification.time_sparse();
+        verification.time_layer();
+      }
     }
     if (bench.wants("backward")) time_training(bench, context, torch_times);
     if (bench.wants("index_kl") && context <= kLongestWarmup) {

@@ -83,7 +83,10 @@ std::string format_peer(const std::string& peer) {
 
 std::string describe_section(const bench::OpBenchRow& row) {
   if (row.section == "top-k") return "Top-k alone (rows, blocks)";
-  if (row.section == "decode") return fmt::format("Decode, one token behind {}", row.context);
+  if (row.section == "decode") {
+    return row.queries == 1 ? fmt::format("Decode, one token behind {}", row.context)
+                            : fmt::format("Verification of {} tokens behind {}", row.queries, row.context);
+  }
   const std::string rows = row.queries == row.context ? fmt::format("all of {} tokens", row.context)
                                                       : fmt::format("last {} of {} tokens", row.queries, row.context);
   if (row.section == "training") return "Training, " + rows;
