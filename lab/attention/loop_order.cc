@@ -85,6 +85,7 @@ int main(int argc, char** argv) {
   shape.block_size = kBlock;
   shape.topk = kTopk;
   shape.has_bf16_dots = dtype == msa::DType::kBFloat16 && msa::cpu::active_bf16_kernel() != nullptr;
+  shape.has_tiles = shape.has_bf16_dots && msa::cpu::active_dot_products() == msa::cpu::DotProducts::kAmx;
   const int threads = msa::core::resolve_threads(0);
   std::printf("%lld queries on %lld keys, %s, %s, %d threads\n%8s %14s %10s %10s\n", static_cast<long long>(queries),
               static_cast<long long>(context), msa::dtype_name(dtype), instruction_set.c_str(), threads, "chunk",

@@ -68,28 +68,32 @@ class ChunkState {
 
   /// Divides, rounds and writes out and lse.
   HWY_ATTR void write() {
-    const AttentionShape& shape = input_.shape;
-    const auto out_bytes = static_cast<std::int64_t>(dtype_size(input_.out.dtype));
-    auto* lse = reinterpret_cast<float*>(input_.lse.data);
-    for (std::int64_t r = 0; r < count_ * shape.group_size; ++r) {
-      const std::int64_t row = first_row() + r / shape.group_size;
-      const std::int64_t head = kv_head_ * shape.group_size + r % shape.group_size;
-      float* sum = sums_ + r * shape.value_dim;
-      float row_lse = kNegativeInfinity;
-      if (seen_[r / shape.group_size] != 0) {  // else no block: out 0, lse -inf
-        const float total = totals_[r];
-        divide_row(sum, shape.value_dim, total);
-        // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
-        row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
-                             : static_cast<float>(largest_[r] + std::log(static_cast<double>(total)));
-      }
-      store_row(sum, shape.value_dim, input_.out.dtype,
-                input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * out_bytes);
-      lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+    for (std::int64_t r = 0; r < count_ * input_.shape.group_size; ++r) {
+      write_row(r, sums_ + r * input_.shape.value_dim, static_cast<double>(largest_[r]));
     }
   }
 
  protected:
+  /// Row r of the chunk from its sums, which it overwrites, and its maximum.
+  HWY_ATTR void write_row(std::int64_t r, float* sum, double largest) {
+    const AttentionShape& shape = input_.shape;
+    const auto out_bytes = static_cast<std::int64_t>(dtype_size(input_.out.dtype));
+    auto* lse = reinterpret_cast<float*>(input_.lse.data);
+    const std::int64_t row = first_row() + r / shape.group_size;
+    const std::int64_t head = kv_head_ * shape.group_size + r % shape.group_size;
+    float row_lse = kNegativeInfinity;
+    if (seen_[r / shape.group_size] != 0) {  // else no block: out 0, lse -inf
+      const float total = totals_[r];
+      divide_row(sum, shape.value_dim, total);
+      // Scores that are all -inf have no softmax: 0 / 0 above, and no lse.
+      row_lse = total == 0 ? std::numeric_limits<float>::quiet_NaN()
+                           : static_cast<float>(largest + std::log(static_cast<double>(total)));
+    }
+    store_row(sum, shape.value_dim, input_.out.dtype,
+              input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * out_bytes);
+    lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+  }
+
   const AttentionInput& input_;
   core::Sequence sequence_;
   std::int64_t begin_;
@@ -126,8 +130,8 @@ class ChunkAttention : public ChunkState {
     load_query_rows(input.q, first_row(), count_, kv_head * group_size, group_size, queries_);
   }
 
-  /// Adds block `block` to the rows of members()[0, n).
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
+  /// Adds block `block` to the rows of members()[0, n). What block follows makes no difference here.
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
     if (n == 0) return;
     const AttentionShape& shape = input_.shape;
     const std::int64_t block_begin = block * shape.block_size;

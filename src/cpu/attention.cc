@@ -10,6 +10,24 @@
 
 namespace msa::cpu {
 
+namespace {
+
+bool fits_bf16_dots(const AttentionInput& input) {
+  // Every float8 number is a bf16 number.
+  const auto fits = [](const ConstTensorView& keys) {
+    return keys.dtype == DType::kBFloat16 || keys.dtype == DType::kFloat8E4M3;
+  };
+  return input.q.dtype == DType::kBFloat16 && input.out.dtype == DType::kBFloat16 && fits(input.k) && fits(input.v);
+}
+
+}  // namespace
+
+bool fits_tiles(const AttentionInput& input) {
+  // The fused kernel takes the maximum before the scale.
+  return fits_bf16_dots(input) && active_dot_products() == DotProducts::kAmx && input.scale > 0 &&
+         input.scale < std::numeric_limits<float>::infinity();
+}
+
 void plan_input(const std::string& op, const Context& context, std::int64_t block_size, AttentionInput& input) {
   AttentionShape& shape = input.shape;
   shape.queries = count_queries(input.batch);
@@ -19,14 +37,11 @@ void plan_input(const std::string& op, const Context& context, std::int64_t bloc
   shape.value_dim = input.v.size(input.v.rank - 1);
   shape.block_size = block_size;
   shape.topk = input.blocks.empty() ? 0 : input.blocks.size(2);
-  // Every float8 number is a bf16 number.
-  const auto fits = [](const ConstTensorView& keys) {
-    return keys.dtype == DType::kBFloat16 || keys.dtype == DType::kFloat8E4M3;
-  };
-  if (input.q.dtype == DType::kBFloat16 && input.out.dtype == DType::kBFloat16 && fits(input.k) && fits(input.v)) {
+  if (fits_bf16_dots(input)) {
     input.multiply_bf16 = active_bf16_kernel();
     input.needs_amx_tiles = active_dot_products() == DotProducts::kAmx;
     shape.has_bf16_dots = input.multiply_bf16 != nullptr;
+    shape.has_tiles = fits_tiles(input);
   }
   input.plan = plan_attention(op, shape, core::resolve_threads(context.threads), context.workspace_limit);
   input.layout = lay_out_attention(shape, input.plan.chunk);

@@ -29,6 +29,9 @@ struct AttentionInput {
   AttentionLayout layout;  ///< of a chunk of plan.chunk queries
 };
 
+/// Whether the fused kernel on AMX tiles (attention_amx.h) takes the tensors, on the instruction set in use.
+bool fits_tiles(const AttentionInput& input);
+
 /// Fills shape, plan and layout from the tensors.
 void plan_input(const std::string& op, const Context& context, std::int64_t block_size, AttentionInput& input);
 

@@ -206,7 +206,7 @@ class Bf16ChunkAttention : public ChunkState {
     }
   }
 
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n) {
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
     if (n == 0) return;
     const AttentionShape& shape = input_.shape;
     const std::int64_t block_begin = block * shape.block_size;

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "src/cpu/attention-inl.h"
+#include "src/cpu/attention_amx-inl.h"
 #include "src/cpu/attention_bf16-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -29,7 +30,7 @@ HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk&
     while (attention.position_of(first) < b * block_size) ++first;
     const std::int64_t n = attention.count() - first;
     std::iota(attention.members(), attention.members() + n, static_cast<std::int32_t>(first));
-    attention.add_block(b, n);
+    attention.add_block(b, n, b + 1 < blocks ? b + 1 : -1);
   }
   attention.write();
 }
@@ -41,7 +42,11 @@ inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChun
   if (input.multiply_bf16 != nullptr) {
     std::optional<AmxTiles> tiles;
     if (input.needs_amx_tiles) tiles.emplace();
-    attend_densely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    if (input.shape.has_tiles) {
+      attend_densely_with<AmxChunkAttention>(input, chunk, kv_head, scratch);
+    } else {
+      attend_densely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    }
     return;
   }
 #endif

@@ -46,7 +46,7 @@ std::string to_string(const ChunkPlan& plan) {
 }
 
 AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chunk) {
-  const std::int64_t rows = chunk * shape.group_size;
+  const std::int64_t rows = shape.has_tiles ? padded_columns(chunk * shape.group_size) : chunk * shape.group_size;
   AttentionLayout layout;
   LayoutCursor cursor;
   const std::int64_t inner = padded_inner(shape.head_dim);
@@ -54,7 +54,14 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
   layout.sums = cursor.take(rows * shape.value_dim);
   layout.largest = cursor.take(rows);
   layout.totals = cursor.take(rows);
-  if (shape.has_bf16_dots) {
+  if (shape.has_tiles) {
+    const std::int64_t keys = padded_inner(shape.block_size);
+    layout.keys = cursor.take(floats_for(keys * inner, 2));
+    layout.values = cursor.take(floats_for(keys * shape.value_dim, 2));
+    layout.scores = cursor.take(32 * keys);
+    layout.staged_queries = cursor.take(floats_for(32 * inner, 2));
+    layout.staged_sums = cursor.take(32 * shape.value_dim);
+  } else if (shape.has_bf16_dots) {
     layout.keys = cursor.take(floats_for(inner / 2 * padded_pair_stride(shape.block_size), 2));
     layout.values =
         cursor.take(floats_for(padded_inner(shape.block_size) / 2 * padded_pair_stride(shape.value_dim), 2));
@@ -75,13 +82,16 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
 
 ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int threads, std::size_t workspace_limit) {
   // What a chunk carries from block to block: its queries and sums. Dense attention passes all of it for every block,
-  // so half an L2 cache (1 MiB on today's cores) is right. In sparse attention a block is visited by few queries of the
+  // so half an L2 cache (1 MiB on today's cores) is right; twice that in AMX tiles, where preparing a block weighs more
+  // beside the arithmetic. In sparse attention a block is visited by few queries of the
   // chunk, and loading it costs as much as about 8 rows' arithmetic: larger chunks let more rows share a block, and
   // their rows are read once a visit only, 4 bytes for every 2 * block_size operations: L3 or memory keep up. With bf16
   // dots the arithmetic is 2 to 16 times as fast and the loading is not, hence chunks twice as large and fewer tasks a
   // thread.
   const bool is_dense = shape.topk == 0;
-  const std::int64_t state = std::int64_t{1} << (is_dense ? 17 : shape.has_bf16_dots ? 21 : 20);  // floats
+  const std::int64_t state = std::int64_t{1} << (is_dense              ? (shape.has_tiles ? 18 : 17)
+                                                 : shape.has_bf16_dots ? 21
+                                                                       : 20);  // floats
   const std::int64_t least = 16;
   const std::int64_t chunk = std::max(least, state / (shape.group_size * (shape.head_dim + shape.value_dim)));
   return plan_chunks(

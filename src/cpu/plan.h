@@ -55,11 +55,12 @@ struct AttentionShape {
   std::int64_t block_size = 0;
   std::int64_t topk = 0;       ///< 0: dense, every visible block
   bool has_bf16_dots = false;  ///< bf16 tensors on an instruction set with bf16 dot products
+  bool has_tiles = false;      ///< and the forward in AMX tiles (attention_amx.h)
 };
 
 /// Where a worker's scratch memory holds what, in floats from its begin; every part starts on a cache line. With bf16
 /// dot products the queries are bf16 [chunk * group_size, padded_inner(head_dim)], keys and values bf16 pairs
-/// (bf16_dot.h).
+/// (bf16_dot.h); in AMX tiles all rows are rounded up to 16.
 struct AttentionLayout {
   std::int64_t queries = 0;        ///< [chunk * group_size, head_dim]
   std::int64_t sums = 0;           ///< [chunk * group_size, value_dim], weighted sums of values
@@ -70,9 +71,11 @@ struct AttentionLayout {
   std::int64_t scores = 0;         ///< [kScoreRows, padded_stride(block_size)]; with bf16 dot products [kBf16Rows, ...]
   std::int64_t products = 0;       ///< with bf16 dot products: [kBf16Rows, padded_stride(value_dim)]
   std::int64_t probabilities = 0;  ///< with bf16 dot products: bf16 [kBf16Rows, padded_inner(block_size)]
-  std::int64_t visits = 0;         ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk
-  std::int64_t members = 0;        ///< int32 [chunk], the queries that take part in a block
-  std::int64_t seen = 0;           ///< int32 [chunk], whether a query had any block
+  std::int64_t staged_queries = 0;  ///< in AMX tiles: bf16 [32, padded_inner(head_dim)]
+  std::int64_t staged_sums = 0;     ///< in AMX tiles: [32, value_dim]
+  std::int64_t visits = 0;          ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk
+  std::int64_t members = 0;         ///< int32 [chunk], the queries that take part in a block
+  std::int64_t seen = 0;            ///< int32 [chunk], whether a query had any block
   std::int64_t end = 0;
 };
 AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chunk);

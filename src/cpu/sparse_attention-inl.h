@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "src/cpu/attention-inl.h"
+#include "src/cpu/attention_amx-inl.h"
 #include "src/cpu/attention_bf16-inl.h"
 #include "src/cpu/topk.h"
 
@@ -41,7 +42,8 @@ HWY_ATTR void attend_sparsely_with(const AttentionInput& input, const QueryChunk
     for (; visit < visit_count && visits[visit] >> 32 == block; ++visit) {
       attention.members()[n++] = static_cast<std::int32_t>(visits[visit] & 0xffffffffu);
     }
-    attention.add_block(static_cast<std::int64_t>(block), n);
+    const std::int64_t next = visit < visit_count ? static_cast<std::int64_t>(visits[visit] >> 32) : -1;
+    attention.add_block(static_cast<std::int64_t>(block), n, next);
   }
   attention.write();
 }
@@ -53,7 +55,11 @@ inline HWY_ATTR void attend_sparsely(const AttentionInput& input, const QueryChu
   if (input.multiply_bf16 != nullptr) {
     std::optional<AmxTiles> tiles;
     if (input.needs_amx_tiles) tiles.emplace();
-    attend_sparsely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    if (input.shape.has_tiles) {
+      attend_sparsely_with<AmxChunkAttention>(input, chunk, kv_head, scratch);
+    } else {
+      attend_sparsely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
+    }
     return;
   }
 #endif

@@ -143,6 +143,30 @@ TEST(LayOutAttention, KeepsPartsApartWithBf16Dots) {
   EXPECT_GE(at.visits - at.probabilities, kBf16Rows * 32 / 2);
 }
 
+TEST(LayOutAttention, KeepsPartsApartInTiles) {
+  AttentionShape shape = paper_attention(64, 7);
+  shape.has_bf16_dots = true;
+  shape.has_tiles = true;
+  shape.group_size = 3;
+  shape.head_dim = 80;
+  shape.value_dim = 48;
+  shape.block_size = 16;
+  const AttentionLayout at = lay_out_attention(shape, 6);
+  const std::int64_t rows = 32;                    // 6 * 3 in whole tiles
+  EXPECT_GE(at.sums - at.queries, rows * 96 / 2);  // bf16, 80 padded to 96
+  EXPECT_GE(at.largest - at.sums, rows * 48);
+  EXPECT_GE(at.totals - at.largest, rows);
+  EXPECT_GE(at.keys - at.totals, rows);
+  EXPECT_GE(at.values - at.keys, 16 * 96 / 2);
+  EXPECT_GE(at.scores - at.values, 32 * 48 / 2);  // 16 keys padded to 32
+  EXPECT_GE(at.staged_queries - at.scores, 32 * 32);
+  EXPECT_GE(at.staged_sums - at.staged_queries, 32 * 96 / 2);
+  EXPECT_GE(at.visits - at.staged_sums, 32 * 48);
+  EXPECT_GE(at.members - at.visits, 6 * 7 * 2);
+  EXPECT_EQ(at.scores % 16, 0);
+  EXPECT_EQ(at.keys % 16, 0);
+}
+
 TEST(LayOutSelection, KeepsPartsApart) {
   SelectionShape shape = paper_selection(512);
   for (const std::int64_t screen_bytes : {0, 128}) {

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention_bf16-inl.h for machines with AMX: the same chunk and order of blocks, with all matrices laid tile by tile
+// and one fused kernel a visit (attention_amx.h). While a block is computed, the next one's keys and values are asked
+// for. Tested in tests/unit/sparse_attention_test.cc and
+// dense_attention_test.cc.
+#if defined(MSA_CPU_ATTENTION_AMX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MSA_CPU_ATTENTION_AMX_INL_H_
+#undef MSA_CPU_ATTENTION_AMX_INL_H_
+#else
+#define MSA_CPU_ATTENTION_AMX_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "src/core/layout.h"
+#include "src/cpu/attention-inl.h"
+#include "src/cpu/attention_amx.h"
+#include "src/cpu/attention_bf16-inl.h"
+#include "src/cpu/plan.h"
+
+#if HWY_TARGET == HWY_AVX3
+
+#include <immintrin.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace msa::cpu {
+namespace HWY_NAMESPACE {
+
+/// Keys as AmxVisit reads them; zeros behind the last key up to a whole tile and behind the last dimension.
+inline HWY_ATTR void pack_key_tiles(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head,
+                                    std::int64_t first, std::int64_t count, std::int64_t head_dim, std::uint16_t* out) {
+  for (std::int64_t j = 0; j < count; j += 16) {
+    const std::byte* row[16];
+    const std::int64_t here = std::min<std::int64_t>(16, count - j);
+    for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
+    for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
+      const __mmask32 mask = first_of_32(head_dim - d);
+      __m512i r[16];
+      for (std::int64_t i = 0; i < 16; ++i) {
+        r[i] = i < here ? load_as_bf16(row[i], keys.dtype(), d, mask) : _mm512_setzero_si512();
+      }
+      transpose_words(r, reinterpret_cast<std::uint32_t*>(out), 16);
+    }
+  }
+}
+
+/// Values as AmxVisit reads them; zeros behind the last key up to padded_inner. Returns whether all are finite.
+inline HWY_ATTR bool pack_value_tiles(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
+                                      std::int64_t first, std::int64_t count, std::int64_t value_dim,
+                                      std::uint16_t* out) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  const std::int64_t steps = padded_inner(count) / kBf16Inner;
+  __mmask32 special = 0;  // all exponent bits set: infinity or NaN
+  for (std::int64_t s = 0; s < steps; ++s) {
+    for (std::int64_t t = 0; t < 16; ++t) {
+      const std::int64_t j = s * kBf16Inner + t;
+      const std::byte* lower = j < count ? values.row(sequence, first + j, head) : nullptr;
+      const std::byte* upper = j + 16 < count ? values.row(sequence, first + j + 16, head) : nullptr;
+      std::uint16_t* to = out + s * kTileElements + t * 32;
+      for (std::int64_t e = 0; e < value_dim; e += 32, to += 2 * steps * kTileElements) {
+        const __mmask32 mask = first_of_32(value_dim - e);
+        const __m512i a = lower != nullptr ? load_as_bf16(lower, values.dtype(), e, mask) : _mm512_setzero_si512();
+        const __m512i b = upper != nullptr ? load_as_bf16(upper, values.dtype(), e, mask) : _mm512_setzero_si512();
+        special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
+                   _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+        if (value_dim - e > 16) {
+          _mm512_storeu_si512(to + steps * kTileElements, _mm512_permutex2var_epi16(a, high, b));
+        }
+      }
+    }
+  }
+  return special == 0;
+}
+
+/// As ChunkAttention. Rows of the chunk form tiles of sixteen, row r of them in tile r / 16.
+class AmxChunkAttention : public ChunkState {
+ public:
+  HWY_ATTR AmxChunkAttention(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head, float* scratch)
+      : ChunkState(input, chunk, kv_head, scratch),
+        head_steps_(padded_inner(input.shape.head_dim) / kBf16Inner),
+        value_tiles_(input.shape.value_dim / 16),
+        scale_(input.scale),
+        queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.queries)),
+        keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
+        values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
+        scores_(scratch + input.layout.scores) {
+    for (int t = 0; t < 2; ++t) {
+      staged_queries_[t] =
+          reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries) + t * head_steps_ * kTileElements;
+      staged_sums_[t] = scratch + input.layout.staged_sums + t * value_tiles_ * kTileSums;
+    }
+    const std::int64_t group_size = input.shape.group_size;
+    const std::int64_t rows = count_ * group_size;
+    const std::int64_t padded_rows = padded_columns(rows);
+    // ChunkState cleared the rows there are; their tiles may hold more.
+    std::fill(sums_ + rows * input.shape.value_dim, sums_ + padded_rows * input.shape.value_dim, 0.0f);
+    std::fill(largest_ + rows, largest_ + padded_rows, kNegativeInfinity);
+    std::fill(totals_ + rows, totals_ + padded_rows, 0.0f);
+    for (std::int64_t r = 0; r < padded_rows; ++r) {
+      std::uint16_t* to = query_row(r);
+      const std::byte* from =
+          r < rows ? head_row(input.q, first_row() + r / group_size, kv_head * group_size + r % group_size) : nullptr;
+      for (std::int64_t d = 0; d < input.shape.head_dim; d += 32, to += kTileElements) {
+        const __mmask32 mask = from != nullptr ? first_of_32(input.shape.head_dim - d) : 0;
+        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from + 2 * d));
+      }
+    }
+  }
+
+  /// Adds block `block` to the rows of members()[0, n). `next` is the block that will follow, or -1.
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t next) {
+    if (n == 0) return;
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t block_begin = block * shape.block_size;
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    block_begin_ = block_begin;
+    block_keys_ = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
+    pack_key_tiles(key_rows_, sequence_.index, kv_head_, block_begin, block_keys_, shape.head_dim, keys_);
+    const bool finite =
+        pack_value_tiles(value_rows_, sequence_.index, kv_head_, block_begin, block_keys_, shape.value_dim, values_);
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    next_begin_ = next * shape.block_size;
+    next_keys_ = next < 0 ? 0 : std::min(shape.block_size, position_of(count_ - 1) + 1 - next_begin_);
+    if (!finite && visible_keys(members_[0]) < block_keys_) {
+      add_block_one_by_one(n);
+      return;
+    }
+    const std::int64_t group_size = shape.group_size;
+    const std::int64_t first = members_[0] * group_size;
+    const std::int64_t end = (members_[n - 1] + 1) * group_size;
+    const std::int64_t spanned = (end + 15) / 16 - first / 16;
+    const std::int64_t needed = (n * group_size + 15) / 16;
+    if (group_size % 16 == 0 ||
+        (members_[n - 1] - members_[0] == n - 1 && spanned <= std::max(needed, std::int64_t{4}))) {
+      add_in_place(n, needed, spanned);
+    } else {
+      for (std::int64_t r = 0; r < n * group_size; r += 32) {
+        add_staged(r, std::min<std::int64_t>(32, n * group_size - r), n * group_size);
+      }
+    }
+  }
+
+  /// Divides, rounds and writes out and lse.
+  HWY_ATTR void write() {
+    alignas(64) float row[kMaxHeadDim];
+    for (std::int64_t r = 0; r < count_ * input_.shape.group_size; ++r) {
+      const float* from = sum_row(r);
+      // + 0: which of the two zeros a sum is may depend on the visits of other rows in its tile.
+      for (std::int64_t t = 0; t < value_tiles_; ++t) {
+        _mm512_store_ps(row + 16 * t, _mm512_add_ps(_mm512_loadu_ps(from + t * kTileSums), _mm512_setzero_ps()));
+      }
+      write_row(r, row, static_cast<double>(largest_[r]));
+    }
+  }
+
+ private:
+  std::uint16_t* query_row(std::int64_t r) const {
+    return queries_ + r / 16 * head_steps_ * kTileElements + r % 16 * kBf16Inner;
+  }
+  float* sum_row(std::int64_t r) const { return sums_ + r / 16 * value_tiles_ * kTileSums + r % 16 * 16; }
+  std::int64_t visible_keys(std::int64_t i) const { return std::min(block_keys_, position_of(i) + 1 - block_begin_); }
+  AmxRows tile_of_chunk(std::int64_t tile) const {
+    return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,
+            largest_ + tile * 16, totals_ + tile * 16, nullptr};
+  }
+
+  // Tiles of the chunk's own memory: all rows of each belong to members, or see nothing of the block.
+  HWY_ATTR void add_in_place(std::int64_t n, std::int64_t needed, std::int64_t spanned) {
+    const std::int64_t group_size = input_.shape.group_size;
+    const bool whole_groups = group_size % 16 == 0;
+    const std::int64_t tiles = whole_groups ? needed : spanned;
+    const std::int64_t tiles_a_group = whole_groups ? group_size / 16 : 1;
+    const std::int64_t first_tile = members_[0] * group_size / 16;
+    const auto tile_at = [&](std::int64_t t) {
+      return whole_groups ? members_[t / tiles_a_group] * tiles_a_group + t % tiles_a_group : first_tile + t;
+    };
+    const std::int64_t first_row = members_[0] * group_size;
+    const std::int64_t end_row = (members_[n - 1] + 1) * group_size;
+    const bool sees_all = block_keys_ % kBf16Inner == 0 && visible_keys(members_[0]) == block_keys_;
+    std::int32_t visible[2][16];
+    for (std::int64_t t = 0; t < tiles; t += 2) {
+      AmxVisit visit;
+      visit.row_tiles = static_cast<int>(std::min<std::int64_t>(2, tiles - t));
+      for (int k = 0; k < visit.row_tiles; ++k) {
+        const std::int64_t tile = tile_at(t + k);
+        visit.rows[k] = tile_of_chunk(tile);
+        // Members and positions ascend: when the first sees the whole block, all do.
+        bool all = sees_all && tile * 16 >= first_row && tile * 16 + 16 <= end_row;
+        for (std::int64_t r = 0; !all && r < 16; ++r) {
+          const std::int64_t i = (tile * 16 + r) / group_size;
+          const bool takes_part = i >= members_[0] && i <= members_[n - 1];
+          visible[k][r] = takes_part ? static_cast<std::int32_t>(visible_keys(i)) : 0;
+        }
+        if (!all) visit.rows[k].visible = visible[k];
+      }
+      run(visit, t, tiles);
+    }
+  }
+
+  // Rows [first, first + rows) of the members' rows, copied into two tiles and back.
+  HWY_ATTR void add_staged(std::int64_t first, std::int64_t rows, std::int64_t all_rows) {
+    const std::int64_t group_size = input_.shape.group_size;
+    std::int64_t row_index[32];
+    std::int32_t visible[32];
+    alignas(64) float largest[32];
+    alignas(64) float totals[32];
+    AmxVisit visit;
+    visit.row_tiles = rows > 16 ? 2 : 1;
+    for (std::int64_t r = 0; r < 16 * visit.row_tiles; ++r) {
+      std::uint16_t* to_query = staged_queries_[r / 16] + r % 16 * kBf16Inner;
+      float* to_sum = staged_sums_[r / 16] + r % 16 * 16;
+      if (r >= rows) {  // sees nothing; what it holds goes nowhere
+        largest[r] = kNegativeInfinity;
+        totals[r] = 0;
+        visible[r] = 0;
+        for (std::int64_t t = 0; t < head_steps_; ++t) {
+          _mm512_storeu_si512(to_query + t * kTileElements, _mm512_setzero_si512());
+        }
+        for (std::int64_t t = 0; t < value_tiles_; ++t) _mm512_storeu_ps(to_sum + t * kTileSums, _mm512_setzero_ps());
+        continue;
+      }
+      const std::int64_t i = members_[(first + r) / group_size];
+      row_index[r] = i * group_size + (first + r) % group_size;
+      largest[r] = largest_[row_index[r]];
+      totals[r] = totals_[row_index[r]];
+      visible[r] = static_cast<std::int32_t>(visible_keys(i));
+      const std::uint16_t* query = query_row(row_index[r]);
+      const float* sum = sum_row(row_index[r]);
+      for (std::int64_t t = 0; t < head_steps_; ++t) {
+        _mm512_storeu_si512(to_query + t * kTileElements, _mm512_loadu_si512(query + t * kTileElements));
+      }
+      for (std::int64_t t = 0; t < value_tiles_; ++t) {
+        _mm512_storeu_ps(to_sum + t * kTileSums, _mm512_loadu_ps(sum + t * kTileSums));
+      }
+    }
+    for (int k = 0; k < visit.row_tiles; ++k) {
+      bool all = block_keys_ % kBf16Inner == 0;
+      for (int r = 0; r < 16; ++r) all = all && visible[16 * k + r] == block_keys_;
+      visit.rows[k] = {staged_queries_[k], staged_sums_[k], largest + 16 * k, totals + 16 * k,
+                       all ? nullptr : visible + 16 * k};
+    }
+    run(visit, first / 16, (all_rows + 15) / 16);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      largest_[row_index[r]] = largest[r];
+      totals_[row_index[r]] = totals[r];
+      const float* from = staged_sums_[r / 16] + r % 16 * 16;
+      float* sum = sum_row(row_index[r]);
+      for (std::int64_t t = 0; t < value_tiles_; ++t) {
+        _mm512_storeu_ps(sum + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
+      }
+    }
+  }
+
+  // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first, and
+  // what the next one does not see is cleared.
+  HWY_ATTR void add_block_one_by_one(std::int64_t n) {
+    const std::int64_t group_size = input_.shape.group_size;
+    std::int64_t kept = block_keys_;
+    for (std::int64_t m = n - 1; m >= 0; --m) {
+      const std::int64_t visible = visible_keys(members_[m]);
+      for (; kept > visible; --kept) clear_value(kept - 1);
+      for (std::int64_t h = 0; h < group_size; h += 32) {
+        add_staged(m * group_size + h, std::min<std::int64_t>(32, group_size - h), n * group_size);
+      }
+    }
+  }
+
+  void clear_value(std::int64_t key) {
+    const std::int64_t steps = padded_inner(block_keys_) / kBf16Inner;
+    std::uint16_t* pair = values_ + key / kBf16Inner * kTileElements + key % 16 * 32 + key % kBf16Inner / 16;
+    for (std::int64_t e = 0; e < input_.shape.value_dim; ++e) {
+      pair[e / 16 * steps * kTileElements + e % 16 * 2] = 0;
+    }
+  }
+
+  void ask_ahead(const void* first, std::int64_t lines) {
+    // Few lines an entry, so that they spread over the rows.
+    for (std::int64_t at = 0; at < lines && ahead_count_ < kMaxAhead; at += 8) {
+      ahead_[ahead_count_++] = {static_cast<const std::byte*>(first) + 64 * at,
+                                static_cast<std::int32_t>(std::min<std::int64_t>(8, lines - at))};
+    }
+  }
+
+  // Tiles [tile, tile + visit.row_tiles) of `tiles`, and the same share of the next block's rows ahead.
+  HWY_ATTR void run(AmxVisit& visit, std::int64_t tile, std::int64_t tiles) {
+    const auto lines_of = [](std::int64_t dim, DType dtype) {
+      return (dim * static_cast<std::int64_t>(dtype_size(dtype)) + 63) / 64;
+    };
+    const std::int64_t key_lines = lines_of(input_.shape.head_dim, input_.k.dtype);
+    const std::int64_t value_lines = lines_of(input_.shape.value_dim, input_.v.dtype);
+    for (std::int64_t j = tile * next_keys_ / tiles; j < (tile + visit.row_tiles) * next_keys_ / tiles; ++j) {
+      ask_ahead(key_rows_.row(sequence_.index, next_begin_ + j, kv_head_), key_lines);
+      ask_ahead(value_rows_.row(sequence_.index, next_begin_ + j, kv_head_), value_lines);
+    }
+    visit.keys = keys_;
+    visit.values = values_;
+    visit.head_steps = head_steps_;
+    visit.key_tiles = (block_keys_ + 15) / 16;
+    visit.value_tiles = value_tiles_;
+    visit.scale = scale_;
+    visit.scores = scores_;
+    visit.ahead = ahead_;
+    visit.ahead_count = ahead_count_;
+    attend_amx(visit);
+    ahead_count_ = 0;
+  }
+
+  static constexpr std::int64_t kMaxAhead = 128;
+
+  std::int64_t head_steps_;
+  std::int64_t value_tiles_;
+  float scale_;
+  std::uint16_t* queries_;
+  std::uint16_t* keys_;
+  std::uint16_t* values_;
+  float* scores_;
+  std::uint16_t* staged_queries_[2];
+  float* staged_sums_[2];
+  std::int64_t block_begin_ = 0;
+  std::int64_t block_keys_ = 0;
+  std::int64_t next_begin_ = 0;
+  std::int64_t next_keys_ = 0;
+  AheadLines ahead_[kMaxAhead];
+  std::int64_t ahead_count_ = 0;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace msa::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // HWY_TARGET == HWY_AVX3
+
+#endif  // MSA_CPU_ATTENTION_AMX_INL_H_

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// One visit of attention on AMX tiles: up to 32 rows meet one block of keys and values, scores, softmax and weighted
+// sums without leaving the near caches. All matrices lie tile by tile, 1 KiB each, as tile loads like them best; who
+// lays them so is attention_amx-inl.h. Tested through the operators.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace msa::cpu {
+
+inline constexpr std::int64_t kTileElements = 512;  ///< bf16 elements of a tile: 16 rows of 32
+inline constexpr std::int64_t kTileSums = 256;      ///< float elements of a tile: 16 rows of 16
+
+/// Cache lines to ask for while a visit computes: what the next one reads.
+struct AheadLines {
+  const void* first;
+  std::int32_t count;  ///< consecutive lines
+};
+
+/// Sixteen rows of a chunk.
+struct AmxRows {
+  const std::uint16_t* queries;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
+  float* sums;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
+  float* largest;                ///< [16], in and out: the running maximum of score * scale, -inf before any
+  float* totals;                 ///< [16], in and out: running sums of e^(score * scale - largest)
+  const std::int32_t* visible;   ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
+};
+
+struct AmxVisit {
+  int row_tiles = 0;  ///< 1 or 2
+  AmxRows rows[2];
+  const std::uint16_t* keys = nullptr;    ///< tiles [key_tiles][head_steps]: dims d, d + 1 of key j at [d / 2 % 16][j]
+  const std::uint16_t* values = nullptr;  ///< tiles [value_tiles][key_steps]: keys j, j + 16 of 32 at [j][e]
+  std::int64_t head_steps = 0;            ///< tiles of 32 dimensions
+  std::int64_t key_tiles = 0;             ///< tiles of 16 keys
+  std::int64_t value_tiles = 0;           ///< tiles of 16 dimensions
+  float scale = 1;                        ///< of the scores; positive
+  float* scores = nullptr;                ///< scratch: 2 * round_up(key_tiles, 2) tiles
+  const AheadLines* ahead = nullptr;
+  std::int64_t ahead_count = 0;
+};
+
+/// Adds the block to the rows. What a row becomes depends on the row, the keys it sees and their order alone. Values
+/// that a row does not see must be finite. The calling thread must hold AmxTiles.
+void attend_amx(const AmxVisit& visit);
+
+}  // namespace msa::cpu
