@@ -31,10 +31,14 @@ namespace HWY_NAMESPACE {
 /// Keys as AmxVisit reads them; zeros behind the last key up to a whole tile and behind the last dimension.
 inline HWY_ATTR void pack_key_tiles(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head,
                                     std::int64_t first, std::int64_t count, std::int64_t head_dim, std::uint16_t* out) {
+  const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(keys.dtype()));
   for (std::int64_t j = 0; j < count; j += 16) {
     const std::byte* row[16];
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
+    if (j + 16 < count) {
+      for (std::int64_t i = 0; i < 16; ++i) prefetch_ahead(row[i], 16 * keys.token_stride_bytes(), row_bytes);
+    }
     for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
       const __mmask32 mask = first_of_32(head_dim - d);
       __m512i r[16];
@@ -55,12 +59,16 @@ inline HWY_ATTR bool pack_value_tiles(const core::KeyRows& values, std::int64_t 
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   const std::int64_t steps = padded_inner(count) / kBf16Inner;
-  __mmask32 special = 0;  // all exponent bits set: infinity or NaN
+  const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(values.dtype()));
+  constexpr std::int64_t kAhead = kBf16Inner;  // the next step's keys
+  __mmask32 special = 0;                       // all exponent bits set: infinity or NaN
   for (std::int64_t s = 0; s < steps; ++s) {
     for (std::int64_t t = 0; t < 16; ++t) {
       const std::int64_t j = s * kBf16Inner + t;
       const std::byte* lower = j < count ? values.row(sequence, first + j, head) : nullptr;
       const std::byte* upper = j + 16 < count ? values.row(sequence, first + j + 16, head) : nullptr;
+      if (j + kAhead < count) prefetch_ahead(lower, kAhead * values.token_stride_bytes(), row_bytes);
+      if (j + 16 + kAhead < count) prefetch_ahead(upper, kAhead * values.token_stride_bytes(), row_bytes);
       std::uint16_t* to = out + s * kTileElements + t * 32;
       for (std::int64_t e = 0; e < value_dim; e += 32, to += 2 * steps * kTileElements) {
         const __mmask32 mask = first_of_32(value_dim - e);
