@@ -29,9 +29,9 @@ HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
-/// What a row's bounds are in units of a block's largest |element|, infinite when the row cannot be bounded. Two sums of
-/// n exact products differ by at most 2 gamma_n |q| |k|, and |k| <= sqrt(n) max|k|; 64 u more cover the roundings of the
-/// bound itself and what underflows.
+/// What a row's bounds are in units of a block's largest |element|, infinite when the row cannot be bounded. Two sums
+/// of n exact products differ by at most 2 gamma_n |q| |k|, and |k| <= sqrt(n) max|k|; 64 u more cover the roundings of
+/// the bound itself and what underflows.
 inline HWY_ATTR float row_weight(const float* HWY_RESTRICT query, std::int64_t dim) {
   const FloatTag df;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
@@ -88,7 +88,7 @@ inline HWY_ATTR std::uint16_t largest_bf16(const std::uint16_t* HWY_RESTRICT num
 inline HWY_ATTR std::uint8_t widen_f8(const std::byte* HWY_RESTRICT from, std::int64_t count,
                                       std::uint16_t* HWY_RESTRICT to) {
 #if HWY_TARGET == HWY_AVX3
-  constexpr std::int64_t kAhead = 2048;  // bytes; hardware prefetchers stop at the end of every 4 KiB
+  constexpr std::int64_t kAhead = 2048;      // bytes; hardware prefetchers stop at the end of every 4 KiB
   __m512i largest = _mm512_setzero_si512();  // of the bytes times two: without their signs
   for (std::int64_t d = 0; d < count; d += 64) {
     const auto here = static_cast<std::uint64_t>(std::min<std::int64_t>(64, count - d));
@@ -163,9 +163,9 @@ inline HWY_ATTR ScreenedKeys load_screened(const SelectBlocksParams& params, con
   return keys;
 }
 
-/// As score_span, of what is cheap: blocks below `whole_end`, which all rows see whole, get a score of bf16 products and
-/// magnitudes[b - begin], their largest |element|, infinite when they cannot be bounded; the others their exact score
-/// and kExactScore.
+/// As score_span, of what is cheap: blocks below `whole_end`, which all rows see whole, get a score of bf16 products
+/// and magnitudes[b - begin], their largest |element|, infinite when they cannot be bounded; the others their exact
+/// score and kExactScore.
 inline HWY_ATTR void screen_span(const SelectBlocksParams& params, const SpanLayout& layout,
                                  const FewRowsScreen& screen, std::int64_t sequence_index, std::int64_t first,
                                  std::int64_t last, std::int64_t whole_end, float* scratch, float* out,
@@ -271,7 +271,7 @@ class BoundedRow {
     const FloatTag df;
     const auto error = hn::Mul(hn::Set(df, weight_), magnitude);
     const auto is_exact = hn::Lt(magnitude, hn::Zero(df));
-    const auto is_bounded = hn::Lt(error, hn::Set(df, kInfinity));  // false for NaN: 0 times infinity
+    const auto is_bounded = hn::Lt(error, hn::Set(df, kInfinity));          // false for NaN: 0 times infinity
     const auto nan = hn::Set(df, std::numeric_limits<float>::quiet_NaN());  // the least score that there is
     const auto lower = hn::IfThenElse(is_bounded, hn::Sub(score, error), nan);
     const auto upper = hn::IfThenElse(is_bounded, hn::Add(score, error), hn::Set(df, kInfinity));
@@ -291,8 +291,8 @@ class BoundedRow {
     }
   }
 
-  // With k slots: a block is out when its upper bound is below the k-th highest lower bound, and in when its lower bound
-  // is above the (k+1)-th highest upper bound.
+  // With k slots: a block is out when its upper bound is below the k-th highest lower bound, and in when its lower
+  // bound is above the (k+1)-th highest upper bound.
   HWY_ATTR void find_thresholds() {
     const FloatTag df;
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));

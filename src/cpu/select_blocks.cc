@@ -78,7 +78,7 @@ class Selection {
     std::int64_t blocks = 0;
     std::int64_t whole_end = 0;  // blocks below are seen whole by all rows; screened: the others are not
     bool is_screened = false;
-    std::int64_t looked = 0;  // blocks after which the screening is given up if it decides too little; 0: never
+    std::int64_t looked = 0;      // blocks after which the screening is given up if it decides too little; 0: never
     float* scores = nullptr;      // [rows, stride()]
     float* magnitudes = nullptr;  // [stride()]
     std::uint8_t* doubtful = nullptr;  // [stride()]
@@ -150,9 +150,7 @@ class Selection {
     const auto scratch_of = [&](int worker) {
       return scratch.data() + worker_floats * static_cast<std::size_t>(worker);
     };
-    const auto best_of = [&](int worker) {
-      return reinterpret_cast<std::int32_t*>(scratch_of(worker) + layout.best);
-    };
+    const auto best_of = [&](int worker) { return reinterpret_cast<std::int32_t*>(scratch_of(worker) + layout.best); };
     const std::int64_t span = std::max<std::int64_t>(1, kSpanKeys / shape_.block_size);
     const auto score = HWY_DYNAMIC_DISPATCH(score_span);
     const auto score_cheaply = HWY_DYNAMIC_DISPATCH(screen_span);
@@ -221,12 +219,11 @@ class Selection {
       constexpr std::int64_t kScoresPerThread = 1 << 15;
       const auto workers = static_cast<int>(std::clamp<std::int64_t>(ranked / kScoresPerThread, 1, plan.workers));
       if (!screened_rows.empty()) {
-        core::parallel_for(workers, static_cast<std::int64_t>(screened_rows.size()),
-                           [&](std::int64_t task, int worker) {
-                             const auto& [f, row] = screened_rows[static_cast<std::size_t>(task)];
-                             mark(params_, f->sequence, row, f->blocks, f->row(row), f->magnitudes, best_of(worker),
-                                  f->doubtful);
-                           });
+        core::parallel_for(
+            workers, static_cast<std::int64_t>(screened_rows.size()), [&](std::int64_t task, int worker) {
+              const auto& [f, row] = screened_rows[static_cast<std::size_t>(task)];
+              mark(params_, f->sequence, row, f->blocks, f->row(row), f->magnitudes, best_of(worker), f->doubtful);
+            });
         std::vector<Task> doubts;
         Few* last = nullptr;
         for (const Task& task : screened_rows) {
