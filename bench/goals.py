@@ -209,7 +209,10 @@ def faster_torch(report):
 def call_bench(program, arguments):
     """The report, or None and what went wrong; progress goes to stderr as it comes."""
     print(f"$ msa bench {' '.join(arguments)}", file=sys.stderr, flush=True)
-    result = subprocess.run([program, "bench", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        result = subprocess.run([program, "bench", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        return None, str(error)
     if result.returncode != 0:
         return None, f"msa bench ended with status {result.returncode}"
     return json.loads(result.stdout), ""

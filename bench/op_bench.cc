@@ -99,8 +99,9 @@ Arithmetic attention_arithmetic(at::ScalarType type) {
   return Arithmetic::kFloat;
 }
 
-// Of the scores of the index branch: all of them in int8, to find the few that are worth a float. A single query takes
-// no screening: it reads each key once whatever it does with it.
+// Of the scores of the index branch: all of them in the cheapest products of the machine, to find the few that are worth
+// a float (int8; with AMX tiles it is bf16 that screens, held against int8 all the same). A single query is bound by
+// reading.
 Arithmetic screening_arithmetic(std::int64_t queries) {
   if (queries == 1) return Arithmetic::kFloat;
   switch (cpu::active_dot_products()) {

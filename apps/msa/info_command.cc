@@ -90,6 +90,7 @@ void print_info(InfoOptions o) {
     screening +=
         " first, then the candidates exactly, in sequences of 128 rows and 6 topk blocks or more; "
         "MSA_SCREEN=0 or 1 forces a path";
+    if (has_amx) screening += "; also up to 64 rows of bf16 queries and bf16 or float8 keys, from 8 topk blocks on";
   }
   info["screening"] = screening;
 

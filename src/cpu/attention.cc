@@ -25,7 +25,7 @@ bool fits_bf16_dots(const AttentionInput& input) {
 bool fits_tiles(const AttentionInput& input) {
   // The fused kernel takes the maximum before the scale.
   return fits_bf16_dots(input) && active_dot_products() == DotProducts::kAmx && input.scale > 0 &&
-         input.scale < std::numeric_limits<float>::infinity();
+         input.scale < 0x1p127f;
 }
 
 void plan_input(const std::string& op, const Context& context, std::int64_t block_size, AttentionInput& input) {

@@ -144,8 +144,9 @@ class AmxChunkAttention : public ChunkState {
     const std::int64_t end = (members_[n - 1] + 1) * group_size;
     const std::int64_t spanned = (end + 15) / 16 - first / 16;
     const std::int64_t needed = (n * group_size + 15) / 16;
+    // A tile in place may hold rows of queries that take no part, whose 0 must not meet what is not finite.
     if (group_size % 16 == 0 ||
-        (members_[n - 1] - members_[0] == n - 1 && spanned <= std::max(needed, std::int64_t{4}))) {
+        (finite && members_[n - 1] - members_[0] == n - 1 && spanned <= std::max(needed, std::int64_t{4}))) {
       add_in_place(n, needed, spanned);
     } else {
       for (std::int64_t r = 0; r < n * group_size; r += 32) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dot products of narrow types, which Debian's Highway does not offer: whether this machine has them. The kernels
-// themselves are bf16_dot.h and int8_dot.h. Tested in tests/unit/instruction_set_test.cc.
+// themselves are bf16_dot.h, bf16_max.h, attention_amx.h and int8_dot.h. Tested in tests/unit/instruction_set_test.cc.
 #pragma once
 
 namespace msa::cpu {

@@ -117,9 +117,7 @@ class Selection {
     if (!fits || !screen_.dot.is_bf16() || screening_ == Screening::kNever) return {};
     FewRowsScreen screen;
     screen.block_max = screen_.dot.bf16;
-#if defined(__x86_64__)
-    screen.needs_amx_tiles = screen.block_max == bf16_block_max_amx;
-#endif
+    screen.needs_amx_tiles = screen_.dot.needs_amx_tiles;
     screen.dim = padded_inner(shape_.index_dim);
     return screen;
   }
@@ -128,6 +126,7 @@ class Selection {
   /// screened, what that leaves in doubt is scored in between.
   void select_few() {
     const FewRowsScreen screen = few_rows_screen();
+    shape_.screens_few = screen.block_max != nullptr;
     std::vector<Few> few;
     std::int64_t largest = 0;
     std::int64_t all = 0;

@@ -87,7 +87,7 @@ SpanLayout lay_out_span(const SelectionShape& shape) {
   layout.keys = cursor.take(shape.index_dim * kStripRows);
   layout.scores = cursor.take(kFewRows * padded_stride(shape.block_size));
   layout.best = cursor.take(4 * (shape.topk + 1));
-  const std::int64_t inner = padded_inner(shape.index_dim);
+  const std::int64_t inner = shape.screens_few ? padded_inner(shape.index_dim) : 0;
   layout.row_keys = cursor.take(floats_for(kFewRows * inner, 2));
   layout.block_keys = cursor.take(floats_for(shape.block_size * inner, 2));
   layout.end = cursor.end();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How select_blocks cuts its work. Sequences with many rows are cut into chunks of queries; a chunk sees all candidate
-// blocks, screened in int8 or not. Sequences with few rows (decoding) are cut into spans of blocks, so that all threads
+// blocks, screened or not. Sequences with few rows (decoding) are cut into spans of blocks, so that all threads
 // work on one sequence. Pure functions of shapes, threads and the workspace limit. Tested in tests/unit/plan_test.cc.
 #pragma once
 
@@ -30,6 +30,7 @@ struct SelectionShape {
   std::int64_t topk = 0;
   std::int64_t screen_bytes = 0;      ///< of a row as it is screened; 0: no screening
   bool is_screened_in_place = false;  ///< keys are screened where they lie, without a copy
+  bool screens_few = false;           ///< few rows are screened, too: lay_out_span
   std::int64_t screen_blocks = 0;     ///< blocks whose bounds and copies tasks could share
 };
 
@@ -45,7 +46,7 @@ struct SelectionLayout {
   std::int64_t least = 0;       ///< int32 [rows], order key that a block must have to be taken
   std::int64_t row_ids = 0;     ///< int32 [rows], the rows that are not (or no longer) screened
   std::int64_t row_keys = 0;    ///< [rows] of screen_bytes, in groups of 16; from here on only with screening
-  std::int64_t row_bounds = 0;  ///< float or int32 [8, rows]: see ScreenRows
+  std::int64_t row_bounds = 0;  ///< float or int32 [8, rows]: see ScreenedChunk
   std::int64_t lower = 0;       ///< [rows, padded topk], the highest lower bounds
   std::int64_t candidates = 0;  ///< Candidate [rows, candidate_capacity(topk)]
   std::int64_t visits = 0;      ///< uint64 [rows, candidate_capacity(topk)], (block, row, candidate) to be rescored

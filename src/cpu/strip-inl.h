@@ -63,15 +63,17 @@ HWY_INLINE HWY_ATTR void transpose16(WordVec* HWY_RESTRICT v) {
 }
 
 /// float8 numbers other than NaN, in the high bytes of 16-bit lanes, as bf16: an arithmetic shift moves the number and
-/// keeps its sign, one addition sets the exponent. Subnormals take what is added from a table, by the same numbers in the
-/// low bytes.
+/// keeps its sign, one addition sets the exponent. Subnormals take what is added from a table, by the same numbers in
+/// the low bytes.
 HWY_INLINE HWY_ATTR __m512i f8_to_bf16(__m512i high, __m512i low) {
   const __m512i number = _mm512_and_si512(_mm512_srai_epi16(high, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
   const __mmask32 is_subnormal = _mm512_testn_epi16_mask(number, _mm512_set1_epi16(0x780));
-  constexpr auto from = [](int value, int k) { return static_cast<short>(value - (k << 4)); };  // k * 2^-9, less the number
-  const __m512i table = _mm512_castsi128_si512(_mm_setr_epi16(0, from(0x3b00, 1), from(0x3b80, 2), from(0x3bc0, 3),
-                                                              from(0x3c00, 4), from(0x3c20, 5), from(0x3c40, 6),
-                                                              from(0x3c60, 7)));
+  constexpr auto from = [](int value, int k) {
+    return static_cast<short>(value - (k << 4));
+  };  // k * 2^-9, less the number
+  const __m512i table =
+      _mm512_castsi128_si512(_mm_setr_epi16(0, from(0x3b00, 1), from(0x3b80, 2), from(0x3bc0, 3), from(0x3c00, 4),
+                                            from(0x3c20, 5), from(0x3c40, 6), from(0x3c60, 7)));
   return _mm512_add_epi16(number, _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(120 << 7), is_subnormal, low, table));
 }
 
@@ -96,7 +98,7 @@ inline HWY_NOINLINE HWY_ATTR void pack16_one_by_one(const std::byte* const* rows
 /// Rows rows[0, 16) of float8 into columns [0, 16) of a strip: a word holds four dimensions, so that they are turned
 /// before they are widened.
 inline HWY_NOINLINE HWY_ATTR void pack16_f8(const std::byte* const* rows, std::int64_t ahead, std::int64_t dim,
-                                   float* HWY_RESTRICT strip) {
+                                            float* HWY_RESTRICT strip) {
   WordVec v[16];
   for (std::int64_t at = 0; at < dim; at += 64) {
     const std::int64_t words = std::min<std::int64_t>(64, dim - at) / 4;
@@ -124,8 +126,8 @@ inline HWY_NOINLINE HWY_ATTR void pack16_f8(const std::byte* const* rows, std::i
 }
 
 /// Rows rows[0, 16) into columns [0, 16) of a strip. Not inlined: 16 vectors and what turns them need every register.
-inline HWY_NOINLINE HWY_ATTR void pack16(const std::byte* const* rows, std::int64_t ahead, DType dtype, std::int64_t dim,
-                                float* HWY_RESTRICT strip) {
+inline HWY_NOINLINE HWY_ATTR void pack16(const std::byte* const* rows, std::int64_t ahead, DType dtype,
+                                         std::int64_t dim, float* HWY_RESTRICT strip) {
   if (dtype == DType::kFloat8E4M3) return pack16_f8(rows, ahead, dim, strip);
   const FloatTag df;
   const WordTag d;
@@ -137,8 +139,7 @@ inline HWY_NOINLINE HWY_ATTR void pack16(const std::byte* const* rows, std::int6
                      HWY_ATTR { v[i] = hn::LoadU(d, reinterpret_cast<const std::uint32_t*>(rows[i] + at * 2)); });
       transpose16(v);
       float* to = strip + at * kStripRows;
-      unroll<16>([&](auto i)
-                     HWY_ATTR { store_pair(v[i], to + 2 * i * kStripRows, to + (2 * i + 1) * kStripRows); });
+      unroll<16>([&](auto i) HWY_ATTR { store_pair(v[i], to + 2 * i * kStripRows, to + (2 * i + 1) * kStripRows); });
     }
   }
   for (; at < dim; at += 16) {

@@ -185,7 +185,7 @@ def test_bench_prints_what_there_is_when_interrupted():
             heard.append(line)
             if "topk_blocks (4096, 1024)" in line:  # torch.topk of that shape is done
                 break
-        else:  # it died by itself (its library may be in the middle of being linked anew): say of what
+        else:  # it died by itself: say of what
             pytest.fail(f"the bench ended with status {process.wait()}: {''.join(heard)}")
         process.send_signal(signal.SIGINT)
         out, error = process.communicate()

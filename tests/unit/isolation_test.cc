@@ -215,6 +215,52 @@ TEST(IsolationOfOneToken, OnlyRowsThatSeeItChange) {
   });
 }
 
+TEST(IsolationOfOneToken, InTilesThatQueriesShareOnlyRowsThatSeeItChange) {
+  // bf16, groups that do not fill a tile of 16 rows: a tile holds rows of queries that do not visit the token's block,
+  // or do not see the token: 0 times its NaN must not reach them.
+  struct Shared {
+    Case c;
+    std::int64_t bad;
+  };
+  const Shared all[] = {
+      {{{2, 1, 32, 32, 16, 16, 2}, {{60, 60}}, DType::kBFloat16}, 20},
+      {{{6, 2, 32, 16, 16, 16, 2}, {{60, 60}}, DType::kBFloat16}, 21},
+      {{{10, 2, 64, 64, 16, 16, 1}, {{45, 45}}, DType::kBFloat16}, 31},
+      {{{4, 1, 64, 64, 16, 128, 2}, {{2, 257}}, DType::kBFloat16}, 256},  // the last token, in a block of its own
+      {{{7, 1, 64, 64, 16, 64, 2}, {{9, 260}}, DType::kBFloat16}, 258},
+  };
+  for (const Shared& shared : all) {
+    const Problem clean(shared.c);
+    const std::int64_t bad = shared.bad;
+    Problem poisoned = clean;
+    poison_token(poisoned.v, bad, 0);
+    const std::int64_t group = clean.q.size(1) / clean.k.size(1);
+    for_each_target(Targets::kAll, [&](const Context& context) {
+      const AttentionResult sparse_a = run_sparse(context, clean.sparse_params());
+      const AttentionResult sparse_b = run_sparse(context, poisoned.sparse_params());
+      const AttentionResult dense_a = run_dense(context, clean.dense_params());
+      const AttentionResult dense_b = run_dense(context, poisoned.dense_params());
+      for (std::int64_t row = 0; row < clean.queries(); ++row) {
+        for (std::int64_t h = 0; h < clean.q.size(1); ++h) {
+          const bool sees_dense = h / group == 0 && clean.position(row) >= bad;
+          const bool sees_sparse = h / group == 0 && seen_tokens(clean, 0, row).count(bad) != 0;
+          for (std::int64_t d = 0; d < clean.v.size(2); ++d) {
+            const auto compare = [&](const char* what, const AttentionResult& a, const AttentionResult& b, bool sees) {
+              if (sees) {
+                ASSERT_TRUE(std::isnan(b.out.at(row, h, d))) << what << " row " << row << " head " << h;
+              } else {
+                ASSERT_EQ(b.out.at(row, h, d), a.out.at(row, h, d)) << what << " row " << row << " head " << h;
+              }
+            };
+            compare("sparse out", sparse_a, sparse_b, sees_sparse);
+            compare("dense out", dense_a, dense_b, sees_dense);
+          }
+        }
+      }
+    });
+  }
+}
+
 TEST(IsolationOfOneToken, SelectionOfEarlierRowsKeepsEveryBit) {
   const Problem clean(Case{{2, 2, 16, 16, 32, 16, 2}, {{90, 90}, {20, 45}}});
   const std::int64_t bad = 40;
