@@ -2,6 +2,7 @@
 // The main branch: exact softmax attention over the selected blocks, or over the whole prefix (SPEC section 3).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -51,11 +52,19 @@ void sparse_attention(const Context& context, const SparseAttentionParams& param
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
                                const AttentionGrads& grads);
 
+/// Bytes of Context::workspace that a kCuda call with these params needs, from shapes alone: no data is read, null
+/// pointers do. 0 on other backends. Throws as the operator does on shapes it would refuse. So do the other
+/// `..._workspace`.
+std::size_t sparse_attention_workspace(const Context& context, const SparseAttentionParams& params);
+std::size_t sparse_attention_backward_workspace(const Context& context, const SparseAttentionParams& params);
+
 /// The same over the whole visible prefix.
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
                      const TensorView& lse);
 /// Packed batches only.
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
                               const AttentionGrads& grads);
+std::size_t dense_attention_workspace(const Context& context, const DenseAttentionParams& params);
+std::size_t dense_attention_backward_workspace(const Context& context, const DenseAttentionParams& params);
 
 }  // namespace msa

@@ -2,6 +2,7 @@
 // The KL loss that aligns the index branch with the main branch, and the recalls users watch (SPEC section 4).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -44,6 +45,16 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
 void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
                        float grad_output, const TensorView& dq_idx, const TensorView& dk_idx);
 
+/// The same with the scalars in tensors, float32 [1], where the backend's other tensors lie: on a GPU nothing then
+/// comes back to the host.
+void index_kl(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved, const TensorView& kl);
+void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
+                       const ConstTensorView& grad_output, const TensorView& dq_idx, const TensorView& dk_idx);
+
+/// See sparse_attention_workspace.
+std::size_t index_kl_workspace(const Context& context, const IndexKlParams& params);
+std::size_t index_kl_backward_workspace(const Context& context, const IndexKlParams& params);
+
 struct SelectionRecallParams {
   ConstTensorView q;       ///< [Tq, query_heads, head_dim]
   ConstTensorView k;       ///< [Tk, kv_heads, head_dim]
@@ -62,5 +73,9 @@ struct SelectionRecall {
 
 /// How well `blocks` matches the top-k by main-branch probability mass (local block included). One dense score pass.
 SelectionRecall selection_recall(const Context& context, const SelectionRecallParams& params);
+/// The same into a tensor, float32 [2]: block_recall, score_recall.
+void selection_recall(const Context& context, const SelectionRecallParams& params, const TensorView& recalls);
+/// See sparse_attention_workspace.
+std::size_t selection_recall_workspace(const Context& context, const SelectionRecallParams& params);
 
 }  // namespace msa

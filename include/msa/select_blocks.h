@@ -2,6 +2,7 @@
 // Block selection: which key blocks each query and group attends to (SPEC section 2; paper, index branch).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -34,6 +35,9 @@ struct SelectBlocksParams {
 /// bad input.
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks);
 
+/// Bytes of Context::workspace that a kCuda call with these params needs; see sparse_attention_workspace.
+std::size_t select_blocks_workspace(const Context& context, const SelectBlocksParams& params);
+
 struct OracleBlocksParams {
   ConstTensorView q;  ///< [Tq, query_heads, head_dim]
   ConstTensorView k;  ///< [Tk, kv_heads, head_dim] or pages [pages, page, kv_heads, head_dim]
@@ -49,5 +53,6 @@ struct OracleBlocksParams {
 /// over the group's heads): the best any index could do, used as an upper bound and by selection_recall (SPEC section
 /// 4). Costs one pass of dense scores.
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks);
+std::size_t select_blocks_oracle_workspace(const Context& context, const OracleBlocksParams& params);
 
 }  // namespace msa

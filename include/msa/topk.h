@@ -2,6 +2,7 @@
 // Top-k of block scores that lie in memory already: the last step of a selection, alone (SPEC section 2, rules 2 to 4).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "msa/context.h"
@@ -20,5 +21,7 @@ struct TopkBlocksParams {
 /// the scores. Two passes over a row while it lies in the cache; no exponential, no sort. Throws msa::Error on bad
 /// input.
 void topk_blocks(const Context& context, const TopkBlocksParams& params, const TensorView& ids);
+/// Bytes of Context::workspace that a kCuda call with these params needs; see sparse_attention_workspace.
+std::size_t topk_blocks_workspace(const Context& context, const TopkBlocksParams& params);
 
 }  // namespace msa

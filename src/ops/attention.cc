@@ -3,6 +3,8 @@
 #include "msa/attention.h"
 
 #include "src/cpu/operators.h"
+#include "src/cuda/operators.h"
+#include "src/ops/device_call.h"
 #include "src/ops/validate.h"
 #include "src/reference/operators.h"
 
@@ -55,12 +57,11 @@ void check_backward(const ops::Validator& check, const ConstTensorView& q, const
   check.check_like("dv", grads.dv, "v", v);
 }
 
-SparseAttentionParams check_sparse(const ops::Validator& check, const Context& context,
-                                   const SparseAttentionParams& params) {
+SparseAttentionParams check_sparse(const ops::Validator& check, const SparseAttentionParams& params) {
   check.check_block_size(params.block_size);
   const std::int64_t kv_heads =
       check_inputs(check, params.q, params.k, params.v, params.batch, params.block_size, params.scale);
-  check.check_blocks(context, params.blocks, params.batch, kv_heads, params.q.size(0), params.block_size,
+  check.check_blocks(params.blocks, params.batch, kv_heads, params.q.size(0), params.block_size,
                      !params.trusted_blocks);
   SparseAttentionParams resolved = params;
   resolved.scale = ops::resolve_scale(params.scale, params.q.size(2));
@@ -74,50 +75,106 @@ DenseAttentionParams check_dense(const ops::Validator& check, const DenseAttenti
   return resolved;
 }
 
+ops::DeviceContents device_contents(const SparseAttentionParams& params) {
+  ops::DeviceContents contents{&params.batch, params.q.size(0), "k", params.k, {}, params.block_size};
+  if (!params.trusted_blocks) contents.blocks = params.blocks;
+  return contents;
+}
+
+ops::DeviceContents device_contents(const DenseAttentionParams& params) {
+  return {&params.batch, params.q.size(0), "k", params.k, {}, 0};
+}
+
 }  // namespace
 
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
                       const TensorView& lse) {
-  const ops::Validator check("sparse_attention");
-  const SparseAttentionParams resolved = check_sparse(check, context, params);
+  const ops::Validator check("sparse_attention", context);
+  const SparseAttentionParams resolved = check_sparse(check, params);
   check_out(check, "out", out, params.q, params.v.size(params.v.rank - 1));
   check_lse(check, "lse", lse, params.q);
   ops::dispatch(
       context, [&] { reference::sparse_attention(context, resolved, out, lse); },
-      [&] { cpu::sparse_attention(context, resolved, out, lse); });
+      [&] { cpu::sparse_attention(context, resolved, out, lse); },
+      [&] {
+        const ops::DeviceCall call(check, context, cuda::sparse_attention_workspace(resolved),
+                                   device_contents(resolved));
+        cuda::sparse_attention(call.context(), resolved, out, lse);
+      });
 }
 
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
                                const AttentionGrads& grads) {
-  const ops::Validator check("sparse_attention_backward");
+  const ops::Validator check("sparse_attention_backward", context);
   check.check_packed(params.batch);
-  const SparseAttentionParams resolved = check_sparse(check, context, params);
+  const SparseAttentionParams resolved = check_sparse(check, params);
   check_backward(check, params.q, params.k, params.v, saved, grads);
   ops::dispatch(
       context, [&] { reference::sparse_attention_backward(context, resolved, saved, grads); },
-      [&] { cpu::sparse_attention_backward(context, resolved, saved, grads); });
+      [&] { cpu::sparse_attention_backward(context, resolved, saved, grads); },
+      [&] {
+        const ops::DeviceCall call(check, context, cuda::sparse_attention_backward_workspace(resolved),
+                                   device_contents(resolved));
+        cuda::sparse_attention_backward(call.context(), resolved, saved, grads);
+      });
 }
 
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
                      const TensorView& lse) {
-  const ops::Validator check("dense_attention");
+  const ops::Validator check("dense_attention", context);
   const DenseAttentionParams resolved = check_dense(check, params);
   check_out(check, "out", out, params.q, params.v.size(params.v.rank - 1));
   check_lse(check, "lse", lse, params.q);
   ops::dispatch(
       context, [&] { reference::dense_attention(context, resolved, out, lse); },
-      [&] { cpu::dense_attention(context, resolved, out, lse); });
+      [&] { cpu::dense_attention(context, resolved, out, lse); },
+      [&] {
+        const ops::DeviceCall call(check, context, cuda::dense_attention_workspace(resolved),
+                                   device_contents(resolved));
+        cuda::dense_attention(call.context(), resolved, out, lse);
+      });
 }
 
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
                               const AttentionGrads& grads) {
-  const ops::Validator check("dense_attention_backward");
+  const ops::Validator check("dense_attention_backward", context);
   check.check_packed(params.batch);
   const DenseAttentionParams resolved = check_dense(check, params);
   check_backward(check, params.q, params.k, params.v, saved, grads);
   ops::dispatch(
       context, [&] { reference::dense_attention_backward(context, resolved, saved, grads); },
-      [&] { cpu::dense_attention_backward(context, resolved, saved, grads); });
+      [&] { cpu::dense_attention_backward(context, resolved, saved, grads); },
+      [&] {
+        const ops::DeviceCall call(check, context, cuda::dense_attention_backward_workspace(resolved),
+                                   device_contents(resolved));
+        cuda::dense_attention_backward(call.context(), resolved, saved, grads);
+      });
+}
+
+std::size_t sparse_attention_workspace(const Context& context, const SparseAttentionParams& params) {
+  const ops::Validator check("sparse_attention", context, ops::Validator::Reads::kShapes);
+  const SparseAttentionParams resolved = check_sparse(check, params);
+  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::sparse_attention_workspace(resolved)) : 0;
+}
+
+std::size_t sparse_attention_backward_workspace(const Context& context, const SparseAttentionParams& params) {
+  const ops::Validator check("sparse_attention_backward", context, ops::Validator::Reads::kShapes);
+  check.check_packed(params.batch);
+  const SparseAttentionParams resolved = check_sparse(check, params);
+  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::sparse_attention_backward_workspace(resolved)) : 0;
+}
+
+std::size_t dense_attention_workspace(const Context& context, const DenseAttentionParams& params) {
+  const ops::Validator check("dense_attention", context, ops::Validator::Reads::kShapes);
+  const DenseAttentionParams resolved = check_dense(check, params);
+  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::dense_attention_workspace(resolved)) : 0;
+}
+
+std::size_t dense_attention_backward_workspace(const Context& context, const DenseAttentionParams& params) {
+  const ops::Validator check("dense_attention_backward", context, ops::Validator::Reads::kShapes);
+  check.check_packed(params.batch);
+  const DenseAttentionParams resolved = check_dense(check, params);
+  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::dense_attention_backward_workspace(resolved)) : 0;
 }
 
 }  // namespace msa

@@ -12,15 +12,16 @@ const char* backend_name(Backend backend) {
     case Backend::kAuto: return "auto";
     case Backend::kReference: return "reference";
     case Backend::kCpu: return "cpu";
+    case Backend::kCuda: return "cuda";
   }
   return "unknown";
 }
 
 Backend parse_backend(const std::string& name) {
-  for (const Backend backend : {Backend::kAuto, Backend::kReference, Backend::kCpu}) {
+  for (const Backend backend : {Backend::kAuto, Backend::kReference, Backend::kCpu, Backend::kCuda}) {
     if (name == backend_name(backend)) return backend;
   }
-  throw Error("backend: '" + name + "' is unknown; the choices are auto, reference, cpu");
+  throw Error("backend: '" + name + "' is unknown; the choices are auto, reference, cpu, cuda");
 }
 
 std::vector<std::string> supported_instruction_sets() { return cpu::supported_instruction_sets(); }

@@ -8,6 +8,7 @@
 #include "msa/select_blocks.h"
 #include "src/core/layout.h"
 #include "src/core/threads.h"
+#include "src/cuda/operators.h"
 
 namespace msa::ops {
 namespace {
@@ -17,6 +18,12 @@ std::string text(std::int64_t value) { return std::to_string(value); }
 bool is_float(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kFloat8E4M3; }
 
 }  // namespace
+
+Validator::Validator(const char* op, const Context& context, Reads reads) : op_(op), context_(context), reads_(reads) {
+  if (context.backend == Backend::kCuda && !cuda::is_built()) {
+    fail("backend", "cuda is not in this build; configure with -DMSA_CUDA=ON (docs/cuda.md)");
+  }
+}
 
 void Validator::fail(const std::string& argument, const std::string& problem) const {
   throw Error(std::string(op_) + ": " + argument + ": " + problem);
@@ -32,7 +39,8 @@ void Validator::check_layout(const char* name, const ConstTensorView& view, int 
     fail(name, describe(view) + " has stride " + text(view.stride(rank - 1)) +
                    " in its last dimension; it must be contiguous (stride 1)");
   }
-  if (view.data == nullptr && view.elements() > 0) fail(name, describe(view) + " has no data (null pointer)");
+  if (reads_ == Reads::kData && view.data == nullptr && view.elements() > 0)
+    fail(name, describe(view) + " has no data (null pointer)");
 }
 
 void Validator::check_float(const char* name, const ConstTensorView& view) const {
@@ -111,7 +119,6 @@ void Validator::check_keys(const char* name, const ConstTensorView& keys, const 
 
 void Validator::check_cu_seqlens(const char* name, std::span<const std::int32_t> cu_seqlens, std::int64_t rows,
                                  const char* buffer) const {
-  if (cu_seqlens.empty()) fail(name, "is empty; it must have sequences + 1 entries");
   if (cu_seqlens[0] != 0) fail(name, "entry 0 is " + text(cu_seqlens[0]) + "; it must be 0");
   for (std::size_t s = 1; s < cu_seqlens.size(); ++s) {
     if (cu_seqlens[s] < cu_seqlens[s - 1]) {
@@ -126,10 +133,9 @@ void Validator::check_cu_seqlens(const char* name, std::span<const std::int32_t>
 
 void Validator::check_batch(const Batch& batch, std::int64_t query_rows, const char* keys_name,
                             const ConstTensorView& keys, std::int64_t block_size) const {
-  check_cu_seqlens("cu_seqlens_q", batch.cu_seqlens_q, query_rows, "the queries");
+  if (batch.cu_seqlens_q.empty()) fail("cu_seqlens_q", "is empty; it must have sequences + 1 entries");
   const auto sequences = static_cast<std::size_t>(batch.sequences());
   if (batch.is_paged) {
-    const std::int64_t pages = keys.size(0);
     const std::int64_t page = keys.size(1);
     if (page < 1) fail(keys_name, describe(keys) + ": the page size must be at least 1");
     if (block_size > 0 && page % block_size != 0) {
@@ -145,6 +151,25 @@ void Validator::check_batch(const Batch& batch, std::int64_t query_rows, const c
                              " entries; it must be sequences * max_pages = " + std::to_string(sequences) + " * " +
                              text(batch.max_pages));
     }
+  } else if (batch.cu_seqlens_k.size() != batch.cu_seqlens_q.size()) {
+    fail("cu_seqlens_k", "has " + std::to_string(batch.cu_seqlens_k.size()) + " entries; cu_seqlens_q has " +
+                             std::to_string(batch.cu_seqlens_q.size()));
+  }
+  if (context_.backend == Backend::kCuda && !batch.query_positions.empty() &&
+      static_cast<std::int64_t>(batch.query_positions.size()) != query_rows) {
+    fail("query_positions", "has " + std::to_string(batch.query_positions.size()) + " entries; there are " +
+                                text(query_rows) + " query rows");
+  }
+  if (reads_contents()) check_batch_contents(batch, query_rows, keys_name, keys);
+}
+
+void Validator::check_batch_contents(const Batch& batch, std::int64_t query_rows, const char* keys_name,
+                                     const ConstTensorView& keys) const {
+  check_cu_seqlens("cu_seqlens_q", batch.cu_seqlens_q, query_rows, "the queries");
+  const auto sequences = static_cast<std::size_t>(batch.sequences());
+  if (batch.is_paged) {
+    const std::int64_t pages = keys.size(0);
+    const std::int64_t page = keys.size(1);
     for (std::size_t s = 0; s < sequences; ++s) {
       const std::int64_t length = batch.seqlens_k[s];
       if (length < 0)
@@ -164,10 +189,6 @@ void Validator::check_batch(const Batch& batch, std::int64_t query_rows, const c
       }
     }
   } else {
-    if (batch.cu_seqlens_k.size() != batch.cu_seqlens_q.size()) {
-      fail("cu_seqlens_k", "has " + std::to_string(batch.cu_seqlens_k.size()) + " entries; cu_seqlens_q has " +
-                               std::to_string(batch.cu_seqlens_q.size()));
-    }
     check_cu_seqlens("cu_seqlens_k", batch.cu_seqlens_k, keys.size(0), keys_name);
   }
   const auto& positions = batch.query_positions;
@@ -226,8 +247,8 @@ std::int64_t Validator::check_heads(const ConstTensorView& q, const ConstTensorV
   return kv_heads;
 }
 
-void Validator::check_blocks(const Context& context, const ConstTensorView& blocks, const Batch& batch,
-                             std::int64_t kv_heads, std::int64_t query_rows, std::int64_t block_size, bool ids) const {
+void Validator::check_blocks(const ConstTensorView& blocks, const Batch& batch, std::int64_t kv_heads,
+                             std::int64_t query_rows, std::int64_t block_size, bool ids) const {
   check_layout("blocks", blocks, 3);
   check_dtype("blocks", blocks, DType::kInt32);
   check_size("blocks", blocks, 0, kv_heads, "kv_heads");
@@ -236,10 +257,15 @@ void Validator::check_blocks(const Context& context, const ConstTensorView& bloc
   if (topk < 1 || topk > kMaxTopk) {
     fail("blocks", describe(blocks) + ": topk = " + text(topk) + " must be from 1 to " + text(kMaxTopk));
   }
-  if (!ids) return;
+  if (ids && reads_contents()) check_block_ids(blocks, batch, block_size);
+}
+
+void Validator::check_block_ids(const ConstTensorView& blocks, const Batch& batch, std::int64_t block_size) const {
+  const std::int64_t kv_heads = blocks.size(0);
+  const std::int64_t topk = blocks.size(2);
   const auto* data = reinterpret_cast<const std::int32_t*>(blocks.data);
   const std::int64_t sequences = batch.sequences();
-  core::parallel_for(core::resolve_threads(context.threads), sequences * kv_heads, [&](std::int64_t task, int) {
+  core::parallel_for(core::resolve_threads(context_.threads), sequences * kv_heads, [&](std::int64_t task, int) {
     const core::Sequence sequence = core::get_sequence(batch, task / kv_heads);
     const std::int64_t head = task % kv_heads;
     for (std::int64_t i = 0; i < sequence.queries; ++i) {

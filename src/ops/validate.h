@@ -16,7 +16,11 @@ namespace msa::ops {
 /// Checks of one call; remembers the operator's name for the messages.
 class Validator {
  public:
-  explicit Validator(const char* op) : op_(op) {}
+  /// kShapes: the call reads no tensor, so that null pointers will do.
+  enum class Reads { kData, kShapes };
+
+  /// Refuses a backend that is not in this build.
+  Validator(const char* op, const Context& context, Reads reads = Reads::kData);
 
   [[noreturn]] void fail(const std::string& argument, const std::string& problem) const;
 
@@ -43,7 +47,8 @@ class Validator {
 
   /// Rank and float dtype of a key-side tensor: [tokens, (heads,) dim], with a page dimension in front when paged.
   void check_keys(const char* name, const ConstTensorView& keys, const Batch& batch, bool has_heads) const;
-  /// cu_seqlens, page table and positions against the buffers. block_size 0: no rule ties pages to blocks (dense).
+  /// cu_seqlens, page table and positions against the buffers. block_size 0: no rule ties pages to blocks (dense). What
+  /// they hold is checked here when it lies in host memory; else by DeviceCall.
   void check_batch(const Batch& batch, std::int64_t query_rows, const char* keys_name, const ConstTensorView& keys,
                    std::int64_t block_size) const;
   /// A second key-side tensor agrees with the first in its token (or page) extents.
@@ -51,8 +56,16 @@ class Validator {
                          const ConstTensorView& first, const Batch& batch) const;
   void check_packed(const Batch& batch) const;
   /// Shape of blocks [kv_heads, Tq, topk]; when `ids` also every id: ascending, unique, visible, -1 only behind them.
-  void check_blocks(const Context& context, const ConstTensorView& blocks, const Batch& batch, std::int64_t kv_heads,
-                    std::int64_t query_rows, std::int64_t block_size, bool ids) const;
+  /// The ids as check_batch the batch: here on the host only.
+  void check_blocks(const ConstTensorView& blocks, const Batch& batch, std::int64_t kv_heads, std::int64_t query_rows,
+                    std::int64_t block_size, bool ids) const;
+
+  // The parts of check_batch and check_blocks that read what the arrays hold.
+  void check_batch_contents(const Batch& batch, std::int64_t query_rows, const char* keys_name,
+                            const ConstTensorView& keys) const;
+  void check_block_ids(const ConstTensorView& blocks, const Batch& batch, std::int64_t block_size) const;
+
+  const char* op() const { return op_; }
   /// Main-branch q [Tq, query_heads, head_dim] and its keys: layout, dtypes, heads. Returns kv_heads.
   std::int64_t check_queries_and_keys(const ConstTensorView& q, const ConstTensorView& k, const Batch& batch) const;
   /// q against k (and v): head counts and dims. Returns kv_heads.
@@ -61,7 +74,11 @@ class Validator {
  private:
   void check_cu_seqlens(const char* name, std::span<const std::int32_t> cu_seqlens, std::int64_t rows,
                         const char* buffer) const;
+  bool reads_contents() const { return reads_ == Reads::kData && context_.backend != Backend::kCuda; }
+
   const char* op_;
+  Context context_;
+  Reads reads_;
 };
 
 /// The dimension of a key-side tensor that holds its heads.
@@ -70,10 +87,11 @@ inline int heads_dim(const Batch& batch) { return batch.is_paged ? 2 : 1; }
 /// 1/sqrt(dim) unless given.
 double resolve_scale(const std::optional<double>& scale, std::int64_t dim);
 
-/// Calls reference(...) or cpu(...), as the context says.
-template <class Reference, class Cpu>
-decltype(auto) dispatch(const Context& context, Reference&& reference, Cpu&& cpu) {
+/// Calls reference(...), cpu(...) or cuda(...), as the context says.
+template <class Reference, class Cpu, class Cuda>
+decltype(auto) dispatch(const Context& context, Reference&& reference, Cpu&& cpu, Cuda&& cuda) {
   if (context.backend == Backend::kReference) return reference();
+  if (context.backend == Backend::kCuda) return cuda();
   return cpu();
 }
 

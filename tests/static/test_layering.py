@@ -16,7 +16,9 @@ ALLOWED = {
     "src/core": set(),
     "src/reference": {"src/core"},
     "src/cpu": {"src/core"},
-    "src/ops": {"src/core", "src/reference", "src/cpu"},
+    "src/cuda": {"src/core"},
+    "src/no_cuda": {"src/cuda"},
+    "src/ops": {"src/core", "src/reference", "src/cpu", "src/cuda"},
     "src/cache": {"src/core"},
     "src/conformance": {"src/core"},
     "src/model/files": set(),
@@ -45,7 +47,7 @@ def layer_of(path):
 def sources():
     for top in ("include", "src", "bindings", "bench", "apps"):
         for path in sorted((ROOT / top).rglob("*")):
-            if path.suffix in (".h", ".cc", ".inc"):
+            if path.suffix in (".h", ".cc", ".inc", ".cu", ".cuh"):
                 yield path
 
 

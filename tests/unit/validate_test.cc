@@ -9,6 +9,7 @@
 
 #include "msa/error.h"
 #include "msa/msa.h"
+#include "src/cuda/operators.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
 
@@ -502,11 +503,84 @@ TEST(Validate, ErrorsOfTheWorkspace) {
   EXPECT_THROW(selection_recall(context, problem.recall_params()), Error);
 }
 
+TEST(Validate, CallsOnAGpu) {
+  const Problem problem = make_problem();
+  Context context;
+  context.backend = Backend::kCuda;
+  if (!cuda::is_built()) {  // every operator, and every size, says that the backend is missing
+    expect_error("select_blocks", "backend", [&] { run_select(context, problem.select_params()); });
+    expect_error("sparse_attention", "backend", [&] { run_sparse(context, problem.sparse_params()); });
+    expect_error("dense_attention", "backend", [&] { run_dense(context, problem.dense_params()); });
+    expect_error("index_kl", "backend", [&] { run_kl(context, problem.kl_params(true)); });
+    expect_error("selection_recall", "backend", [&] { selection_recall(context, problem.recall_params()); });
+    expect_error("sparse_attention", "backend", [&] { sparse_attention_workspace(context, problem.sparse_params()); });
+    return;
+  }
+  // Shapes are refused as on the host, before anything is asked of a device; so is a workspace that is not there, with
+  // the bytes that it needs.
+  SparseAttentionParams params = problem.sparse_params();
+  params.block_size = 24;
+  expect_error("sparse_attention", "block_size", [&] { run_sparse(context, params); });
+  expect_error("sparse_attention", "block_size", [&] { sparse_attention_workspace(context, params); });
+  expect_error("sparse_attention", "workspace", [&] { run_sparse(context, problem.sparse_params()); });
+  expect_error("select_blocks", "workspace", [&] { run_select(context, problem.select_params()); });
+  try {
+    run_sparse(context, problem.sparse_params());
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    const std::size_t bytes = sparse_attention_workspace(context, problem.sparse_params());
+    EXPECT_NE(std::string(error.what()).find(std::to_string(bytes)), std::string::npos) << error.what();
+  }
+}
+
+TEST(Validate, WorkspacesOfTheHostBackends) {
+  // They need none, and the sizes read shapes only: null pointers will do, wrong shapes will not.
+  const Problem problem = make_problem();
+  SparseAttentionParams params = problem.sparse_params();
+  params.q.data = params.k.data = params.v.data = params.blocks.data = nullptr;
+  params.batch.cu_seqlens_q = {static_cast<const std::int32_t*>(nullptr), params.batch.cu_seqlens_q.size()};
+  params.batch.cu_seqlens_k = {static_cast<const std::int32_t*>(nullptr), params.batch.cu_seqlens_k.size()};
+  for (const Backend backend : {Backend::kAuto, Backend::kReference, Backend::kCpu}) {
+    Context context;
+    context.backend = backend;
+    EXPECT_EQ(sparse_attention_workspace(context, params), 0U);
+    EXPECT_EQ(sparse_attention_backward_workspace(context, params), 0U);
+    EXPECT_EQ(select_blocks_workspace(context, problem.select_params()), 0U);
+    EXPECT_EQ(index_kl_workspace(context, problem.kl_params(false)), 0U);
+    SparseAttentionParams wrong = params;
+    wrong.block_size = 24;
+    expect_error("sparse_attention", "block_size", [&] { sparse_attention_workspace(context, wrong); });
+    expect_error("sparse_attention", "q", [&] { run_sparse(context, params); });  // which does read
+  }
+}
+
+TEST(Validate, ScalarsInTensors) {
+  // The forms that graphs on a GPU need write the same numbers on every backend.
+  const Problem problem = make_problem();
+  const Context context = one_thread();
+  float kl = -1;
+  float recalls[2] = {-1, -1};
+  const std::int64_t rows = problem.kl_params(true).q.size(0);
+  const std::int64_t query_heads = problem.kl_params(true).q.size(1);
+  const std::int64_t kv_heads = problem.kl_params(true).q_idx.size(1);
+  std::vector<float> lse_main(static_cast<std::size_t>(rows * query_heads)), lse_index(lse_main), norm(lse_main);
+  const IndexKlSaved saved{make_view(lse_main.data(), {rows, query_heads}),
+                           make_view(lse_index.data(), {rows, kv_heads}), make_view(norm.data(), {rows, kv_heads})};
+  index_kl(context, problem.kl_params(true), saved, make_view(&kl, {1}));
+  EXPECT_EQ(kl, index_kl(context, problem.kl_params(true), saved));
+  selection_recall(context, problem.recall_params(), make_view(recalls, {2}));
+  const SelectionRecall recall = selection_recall(context, problem.recall_params());
+  EXPECT_EQ(recalls[0], static_cast<float>(recall.block_recall));
+  EXPECT_EQ(recalls[1], static_cast<float>(recall.score_recall));
+  expect_error("index_kl", "kl", [&] { index_kl(context, problem.kl_params(true), saved, make_view(recalls, {2})); });
+}
+
 TEST(Validate, BackendsByName) {
   EXPECT_EQ(parse_backend("auto"), Backend::kAuto);
   EXPECT_EQ(parse_backend("reference"), Backend::kReference);
   EXPECT_EQ(parse_backend("cpu"), Backend::kCpu);
-  for (const Backend backend : {Backend::kAuto, Backend::kReference, Backend::kCpu}) {
+  EXPECT_EQ(parse_backend("cuda"), Backend::kCuda);
+  for (const Backend backend : {Backend::kAuto, Backend::kReference, Backend::kCpu, Backend::kCuda}) {
     EXPECT_EQ(parse_backend(backend_name(backend)), backend);
   }
   try {
