@@ -3,11 +3,11 @@
 add_library(msa_compile_options INTERFACE)
 target_compile_options(
   msa_compile_options
-  INTERFACE -Wall
-            -Wextra
-            $<$<BOOL:${MSA_WERROR}>:-Werror>
+  INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall>
+            $<$<COMPILE_LANGUAGE:CXX>:-Wextra>
+            $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${MSA_WERROR}>>:-Werror>
             # A compiler that fuses a*b+c where it likes would round the same row differently in different loops.
-            -ffp-contract=off)
+            $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
 if(MSA_SANITIZE)
   target_compile_options(msa_compile_options INTERFACE -fsanitize=${MSA_SANITIZE} -fno-omit-frame-pointer
                                                        -fno-sanitize-recover=all)

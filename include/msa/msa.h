@@ -5,6 +5,7 @@
 #include "msa/attention.h"      // IWYU pragma: export
 #include "msa/batch.h"          // IWYU pragma: export
 #include "msa/context.h"        // IWYU pragma: export
+#include "msa/cuda.h"           // IWYU pragma: export
 #include "msa/error.h"          // IWYU pragma: export
 #include "msa/index_kl.h"       // IWYU pragma: export
 #include "msa/select_blocks.h"  // IWYU pragma: export

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "msa/attention.h"
+#include "msa/cuda.h"
 #include "msa/index_kl.h"
 #include "msa/select_blocks.h"
 #include "msa/topk.h"
@@ -62,6 +63,15 @@ struct Contents {
 /// Whether the contents obey the rules: one pass of a kernel each over batch and ids, and one wait of the host.
 /// `scratch`: 4 bytes of device memory.
 bool contents_hold(const Context& context, const Contents& contents, void* scratch);
+
+/// The current device, and whether it runs this backend. Never throws.
+CudaInfo describe_device();
+/// Throws when the current device does not.
+void require_device();
+
+/// Memory of the current device, aligned to kWorkspaceAlignment. Throws when there is no device or too little memory.
+void* allocate(std::size_t bytes);
+void release(void* device) noexcept;
 
 /// Copies between host and device in stream order, and waits.
 void copy_to_host(const Context& context, void* host, const void* device, std::size_t bytes);

@@ -45,6 +45,10 @@ std::size_t index_kl_workspace(const IndexKlParams&) { refuse(); }
 std::size_t index_kl_backward_workspace(const IndexKlParams&) { refuse(); }
 std::size_t selection_recall_workspace(const SelectionRecallParams&) { refuse(); }
 
+CudaInfo describe_device() { return {}; }
+void require_device() { refuse(); }
+void* allocate(std::size_t) { refuse(); }
+void release(void*) noexcept {}
 bool contents_hold(const Context&, const Contents&, void*) { refuse(); }
 void copy_to_host(const Context&, void*, const void*, std::size_t) { refuse(); }
 void copy_to_device(const Context&, void*, const void*, std::size_t) { refuse(); }

@@ -64,6 +64,7 @@ DeviceCall::DeviceCall(const Validator& check, const Context& context, std::size
   if (reinterpret_cast<std::uintptr_t>(context.workspace) % kWorkspaceAlignment != 0) {
     check.fail("workspace", "must be aligned to " + std::to_string(kWorkspaceAlignment) + " bytes");
   }
+  cuda::require_device();
   auto* const own = static_cast<std::byte*>(context.workspace);
   scalars_ = own + kScalars;
   context_.workspace = own + kOwnBytes;

@@ -18,6 +18,7 @@ ALLOWED = {
     "src/cpu": {"src/core"},
     "src/cuda": {"src/core"},
     "src/no_cuda": {"src/cuda"},
+    "src/no_cpu": {"src/cpu"},
     "src/ops": {"src/core", "src/reference", "src/cpu", "src/cuda"},
     "src/cache": {"src/core"},
     "src/conformance": {"src/core"},
