@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel stands on: the CUDA headers or, under MSA_CUDA_EMULATION, the emulator that runs kernels on a CPU;
+// storage types with their conversions; warp sums; and launch(). Nothing else includes CUDA headers for device code, so
+// that a kernel compiles with nvcc and, as plain C++20, with the host's compiler. Tested in tests/cuda/emulator_test.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#if defined(MSA_CUDA_EMULATION)
+#include "src/core/float_convert.h"
+#include "tests/cuda/emulator/emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "msa/error.h"
+
+namespace msa::cuda {
+
+inline constexpr unsigned kFullMask = 0xffffffffu;
+inline constexpr int kWarpSize = 32;
+
+// Storage types: bit patterns with one way in and one way out ----------------------------------------------------------
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+struct Float8E4M3 {
+  std::uint8_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<std::uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Float16 x) {
+#if defined(MSA_CUDA_EMULATION)
+  return core::f16_to_float(x.bits);
+#else
+  return __half2float(__ushort_as_half(x.bits));
+#endif
+}
+__device__ __forceinline__ float to_float(Float8E4M3 x) {
+#if defined(MSA_CUDA_EMULATION)
+  return core::f8_to_float(x.bits);
+#else
+  return __half2float(static_cast<__half>(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
+#endif
+}
+
+/// Rounds to nearest even; NaN stays NaN. float8: what is above 448 becomes 448, as in src/core/float_convert.h.
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(MSA_CUDA_EMULATION)
+    return {core::float_to_bf16(x)};
+#else
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#endif
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if defined(MSA_CUDA_EMULATION)
+    return {core::float_to_f16(x)};
+#else
+    return {__half_as_ushort(__float2half_rn(x))};
+#endif
+  } else {
+    static_assert(std::is_same_v<T, Float8E4M3>);
+#if defined(MSA_CUDA_EMULATION)
+    return {core::float_to_f8(x)};
+#else
+    return {static_cast<std::uint8_t>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3))};
+#endif
+  }
+}
+
+/// Two neighbours in one word, `low` at the lower address: what a matrix instruction's A operand and a 4-byte store take.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
+#if !defined(MSA_CUDA_EMULATION)
+  if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for both
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.x)) |
+           static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return static_cast<std::uint32_t>(__half_as_ushort(pair.x)) |
+           static_cast<std::uint32_t>(__half_as_ushort(pair.y)) << 16;
+  }
+#else
+  return static_cast<std::uint32_t>(from_float<T>(low).bits) | static_cast<std::uint32_t>(from_float<T>(high).bits)
+                                                                   << 16;
+#endif
+}
+
+// Small helpers --------------------------------------------------------------------------------------------------------
+
+template <class T>
+__host__ __device__ constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+__host__ __device__ constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <class T>
+__host__ __device__ constexpr T round_up(T a, T b) {
+  return ceil_div(a, b) * b;
+}
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fc00000u); }
+
+/// Sum of the warp's values in a fixed tree, on every lane; all 32 lanes call it.
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(kFullMask, x, bits);
+  return x;
+}
+/// Largest of the warp's values, on every lane. NaN is passed over, as by fmaxf.
+__device__ __forceinline__ float warp_max(float x) {
+  for (int bits = 16; bits > 0; bits /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, bits));
+  return x;
+}
+
+/// The block's dynamic shared memory, aligned to the 1024 bytes that a 128-byte swizzle repeats after.
+__device__ __forceinline__ std::byte* shared_memory() {
+#if defined(MSA_CUDA_EMULATION)
+  return emulator::dynamic_shared();
+#else
+  extern __shared__ __align__(1024) unsigned char msa_dynamic_shared_memory[];
+  return reinterpret_cast<std::byte*>(msa_dynamic_shared_memory);
+#endif
+}
+
+// Launch ---------------------------------------------------------------------------------------------------------------
+
+#if defined(MSA_CUDA_EMULATION)
+
+/// Runs the kernel at once. A grid without blocks is no launch.
+template <class... Params, class... Args>
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void* /*stream*/, void (*kernel)(Params...),
+            const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  emulator::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
+}
+template <class... Params, class... Args>
+void launch_dependent(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
+                      const Args&... args) {
+  launch(grid, block, shared_bytes, stream, kernel, args...);
+}
+
+#else
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::string text = what;
+  text += ": CUDA says: ";
+  text += cudaGetErrorString(status);
+  throw Error(text);
+}
+
+template <class... Params, class... Args>
+void launch_with(bool dependent, dim3 grid, dim3 block, std::size_t shared_bytes, void* stream,
+                 void (*kernel)(Params...), const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > 48 * 1024) {  // more than a kernel gets without asking
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               "launch: shared memory");
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "launch");
+}
+
+/// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...); stream is a cudaStream_t, null the default one.
+/// Throws msa::Error when the launch fails. A grid without blocks is no launch.
+template <class... Params, class... Args>
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
+            const Args&... args) {
+  launch_with(false, grid, block, shared_bytes, stream, kernel, args...);
+}
+/// The same as a programmatic dependent launch: the kernel may start while the one before it on the stream still runs,
+/// and must call ptx::griddepcontrol_wait() before it reads what that one wrote or writes what that one reads.
+template <class... Params, class... Args>
+void launch_dependent(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
+                      const Args&... args) {
+  launch_with(true, grid, block, shared_bytes, stream, kernel, args...);
+}
+
+#endif
+
+}  // namespace msa::cuda
