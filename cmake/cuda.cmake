@@ -41,9 +41,11 @@ if(MSA_HAS_CUDA)
   endif()
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # named in full below: CMake 3.25 does not know every suffix
   enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # nvcc has C++20 since 12.0, CMake 3.25 has not heard of it
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
   set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_EXTENSIONS OFF)
   find_package(CUDAToolkit REQUIRED)
 endif()
 message(STATUS "CUDA backend: ${MSA_HAS_CUDA} (MSA_CUDA=${MSA_CUDA})")

@@ -35,7 +35,7 @@ struct Context {
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   /// Check what lies in device memory, too (sequence bounds, page tables, positions, block ids): a kernel, and one wait
-  /// of the host. Without it the host never waits, as graph capture needs, and ids out of range are treated as absent;
+  /// of the host. Not done while the stream captures a graph. Without it the host never waits, as graph capture needs, and ids out of range are treated as absent;
   /// the operators that return a number to the host wait in any case.
   bool check_device_data = true;
 };

@@ -69,6 +69,9 @@ CudaInfo describe_device();
 /// Throws when the current device does not.
 void require_device();
 
+/// Whether context.stream is capturing a graph: then the host cannot wait.
+bool is_capturing(const Context& context);
+
 /// Memory of the current device, aligned to kWorkspaceAlignment. Throws when there is no device or too little memory.
 void* allocate(std::size_t bytes);
 void release(void* device) noexcept;

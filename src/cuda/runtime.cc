@@ -94,7 +94,16 @@ void* allocate(std::size_t bytes) {
 
 void release(void* device) noexcept { cudaFree(device); }
 
+bool is_capturing(const Context& context) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream_of(context), &status), "stream");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 void copy_to_host(const Context& context, void* host, const void* device, std::size_t bytes) {
+  if (is_capturing(context)) {
+    throw Error("stream: is capturing a graph; a call that returns a number to the host cannot be part of one");
+  }
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_of(context)), "copy to the host");
   check(cudaStreamSynchronize(stream_of(context)), "copy to the host");
 }

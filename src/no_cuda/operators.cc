@@ -47,6 +47,7 @@ std::size_t selection_recall_workspace(const SelectionRecallParams&) { refuse();
 
 CudaInfo describe_device() { return {}; }
 void require_device() { refuse(); }
+bool is_capturing(const Context&) { refuse(); }
 void* allocate(std::size_t) { refuse(); }
 void release(void*) noexcept {}
 bool contents_hold(const Context&, const Contents&, void*) { refuse(); }

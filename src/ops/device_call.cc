@@ -69,7 +69,7 @@ DeviceCall::DeviceCall(const Validator& check, const Context& context, std::size
   scalars_ = own + kScalars;
   context_.workspace = own + kOwnBytes;
   context_.workspace_bytes = context.workspace_bytes - kOwnBytes;
-  if (contents.batch == nullptr || !context.check_device_data) return;
+  if (contents.batch == nullptr || !context.check_device_data || cuda::is_capturing(context)) return;
   cuda::Contents device;
   device.batch = contents.batch;
   device.query_rows = contents.query_rows;

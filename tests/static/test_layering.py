@@ -67,10 +67,21 @@ def test_includes_point_down(path):
             top = header.split("/")[0]
             assert is_system(header) or top in THIRD_PARTY.get(layer, set()), f"{relative} includes <{header}>"
             continue
+        if relative == "src/cuda/device.cuh" and header.startswith("tests/cuda/emulator/"):
+            continue  # what stands in for CUDA where kernels run on a CPU
         target = "include/msa" if header.startswith("msa/") else layer_of(header)
         assert target is not None, f"{relative} includes {header}, which is in no layer"
         allowed = {layer, "include/msa"} | ALLOWED[layer]
         assert target in allowed, f"{relative} ({layer}) may not include {header} ({target})"
+
+
+def test_cuda_headers_stay_in_their_files():
+    """Device code compiles against CUDA or the emulator, so one file decides; of host code, one asks the runtime."""
+    for path in sources():
+        relative = str(path.relative_to(ROOT))
+        names = [header for bracket, header in INCLUDE.findall(path.read_text()) if bracket == "<" and "cu" in header]
+        cuda = [name for name in names if re.match(r"cu(da|blas|rand|dnn)?\w*\.h|cuda/|cute/|cutlass/", name)]
+        assert not cuda or relative in ("src/cuda/device.cuh", "src/cuda/runtime.cc", "src/cuda/ptx.cuh"), f"{relative}: {cuda}"
 
 
 def test_every_source_folder_is_a_layer():
