@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Schemas of the torch operators and their CPU and Meta kernels. A Meta kernel checks ranks and dtypes and makes the
-// outputs; the CPU kernel does the same, then turns tensors into views and calls the library, which checks everything
-// else: both are one function, a template of whether it computes. So are the packed and the paged form of an operator,
-// which differ in how the keys lie. Autograd is in autograd.cc. Tested in tests/python/test_ops*.py.
+// Schemas of the torch operators and their CPU, CUDA and Meta kernels. A Meta kernel checks ranks and dtypes and makes
+// the outputs; the others do the same, then turn tensors into views and call the library, which checks everything else:
+// all are one function, a template of where it where. On a GPU the library works on torch's current stream, in a
+// workspace from torch's allocator; both are asked for through libc10, so that nothing of CUDA is linked here. The
+// packed and the paged form of an operator are one function, too: they differ in how the keys lie. Autograd is in
+// autograd.cc. Tested in tests/python/test_ops*.py and tests/cuda/test_gpu_*.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <string>
@@ -26,6 +31,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 using TensorPair = std::tuple<Tensor, Tensor>;
 using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
+
+/// Where a kernel where; a Meta kernel does not.
+enum class Where { kMeta, kCpu, kCuda };
 
 // ---- Checks that come before a view can be made ----
 
@@ -93,6 +101,15 @@ View make_tensor_view(const Tensor& tensor) {
   return view;
 }
 
+/// Whether a call on a GPU checks what lies in its memory, for which the host must wait: process-wide.
+std::atomic<bool>& checks_device_data() {
+  static std::atomic<bool> checks = [] {
+    const char* const value = std::getenv("MSA_CHECK_DEVICE_DATA");
+    return value == nullptr || std::string(value) != "0";
+  }();
+  return checks;
+}
+
 /// A contiguous tensor made by this file.
 TensorView output_view(const Tensor& tensor) {
   auto view = make_tensor_view<TensorView>(tensor);
@@ -100,10 +117,18 @@ TensorView output_view(const Tensor& tensor) {
   return view;
 }
 
+/// A tensor of `size` scalars, which may have any shape.
+TensorView scalars_view(const Tensor& tensor, std::int64_t size) {
+  return make_view(tensor.mutable_data_ptr<float>(), {size});
+}
+
 /// Makes the views of one call; tensors copied on the way (a last dimension that is not contiguous) live as long as it.
 class Inputs {
  public:
-  explicit Inputs(const char* op) : op_(op) {}
+  Inputs(const char* op, Where where) : op_(op), where_(where) {
+    TORCH_CHECK(where != Where::kCuda || cuda_is_built(), op, ": backend: cuda is not in this build; configure with ",
+                "-DMSA_CUDA=ON (docs/cuda.md), or move all tensors to the cpu");
+  }
 
   ConstTensorView view(const std::string& name, const Tensor& tensor) {
     check_device(name, tensor);
@@ -135,10 +160,49 @@ class Inputs {
     return batch;
   }
 
+  /// The GPU of a call on one; known once a view has been made.
+  const std::optional<c10::Device>& gpu() const { return gpu_; }
+
+  /// What the call runs on, all but its workspace.
+  Context context() const {
+    Context context;
+    context.threads = at::get_num_threads();
+    if (gpu_) {
+      const c10::impl::VirtualGuardImpl torch_device(c10::DeviceType::CUDA);
+      context.backend = Backend::kCuda;
+      context.stream = torch_device.getStream(*gpu_).native_handle();
+      context.check_device_data = checks_device_data();
+      return context;
+    }
+    if (const char* backend = std::getenv("MSA_BACKEND"); backend != nullptr && *backend != '\0') {
+      context.backend = parse_backend(backend);
+      TORCH_CHECK(context.backend != Backend::kCuda, op_,
+                  ": MSA_BACKEND=cuda: the tensors are on the cpu; it names the ",
+                  "implementation for those (auto, reference, cpu)");
+    }
+    return context;
+  }
+
+  /// Allocated, as everything here, in the order of the stream: free for others once the call's work is behind it.
+  void give_workspace(Context& context, std::size_t bytes) {
+    const Tensor& workspace =
+        keep(at::empty({static_cast<std::int64_t>(bytes)}, at::TensorOptions().device(*gpu_).dtype(at::kByte)));
+    context.workspace = workspace.mutable_data_ptr();
+    context.workspace_bytes = bytes;
+  }
+
  private:
-  void check_device(const std::string& name, const Tensor& tensor) const {
-    TORCH_CHECK(tensor.device().is_cpu(), op_, ": ", name, ": is on ", tensor.device(),
-                "; all tensors must be on the cpu");
+  void check_device(const std::string& name, const Tensor& tensor) {
+    if (where_ != Where::kCuda) {
+      TORCH_CHECK(tensor.device().is_cpu(), op_, ": ", name, ": is on ", tensor.device(),
+                  "; all tensors must be on the cpu");
+      return;
+    }
+    TORCH_CHECK(tensor.device().is_cuda(), op_, ": ", name, ": is on ", tensor.device(),
+                "; another tensor of the call is on a GPU, and all must be");
+    if (!gpu_) gpu_ = tensor.device();
+    TORCH_CHECK(tensor.device() == *gpu_, op_, ": ", name, ": is on ", tensor.device(), "; the first tensor is on ",
+                *gpu_, ", and all must be");
   }
 
   std::span<const std::int32_t> span(const std::string& name, const Tensor& tensor) {
@@ -150,6 +214,7 @@ class Inputs {
   void set_positions(Batch& batch, const OptionalTensor& query_positions) {
     if (!query_positions) return;
     batch.query_positions = span("query_positions", *query_positions);
+    if (gpu_) return;  // there the library takes them as they are
     // Padding rows have entries too; the library wants those of the real rows only. It checks cu_seqlens_q itself.
     if (batch.cu_seqlens_q.empty() || batch.cu_seqlens_q.back() < 0) return;
     const auto real_rows = static_cast<std::size_t>(batch.cu_seqlens_q.back());
@@ -159,6 +224,8 @@ class Inputs {
   const Tensor& keep(Tensor tensor) { return *kept_.insert(kept_.end(), std::move(tensor)); }
 
   const char* op_;
+  Where where_;
+  std::optional<c10::Device> gpu_;
   std::vector<Tensor> kept_;
 };
 
@@ -205,15 +272,6 @@ class Layout {
   const OptionalTensor& query_positions_;
 };
 
-Context make_context() {
-  Context context;
-  context.threads = at::get_num_threads();
-  if (const char* backend = std::getenv("MSA_BACKEND"); backend != nullptr && *backend != '\0') {
-    context.backend = parse_backend(backend);
-  }
-  return context;
-}
-
 /// The library's messages read "op: argument: problem", with the names of the packed form: puts in those of `op`.
 std::string rename_message(const std::string& op, const std::string& message) {
   const std::size_t op_end = message.find(": ");
@@ -225,11 +283,15 @@ std::string rename_message(const std::string& op, const std::string& message) {
   return op + ": " + argument + message.substr(argument_end);
 }
 
-/// Calls the library; its exceptions become c10::Error, which Python shows as RuntimeError.
-template <class Body>
-decltype(auto) call_library(const char* op, Body&& body) {
+/// Calls the library; its exceptions become c10::Error, which Python shows as RuntimeError. `workspace` gives the bytes
+/// of device scratch that a call on a GPU needs.
+template <class Workspace, class Body>
+void call_library(const char* op, Inputs& inputs, Workspace&& workspace, Body&& body) {
   try {
-    return body(make_context());
+    const c10::OptionalDeviceGuard guard(inputs.gpu());
+    Context context = inputs.context();
+    if (context.backend == Backend::kCuda) inputs.give_workspace(context, workspace(context));
+    body(context);
   } catch (const Error& error) {
     TORCH_CHECK(false, rename_message(op, error.what()));
   }
@@ -241,15 +303,15 @@ Tensor make_blocks(const Tensor& q, const c10::SymInt& kv_heads, std::int64_t to
   return at::empty_symint({kv_heads, q.sym_size(0), c10::SymInt(topk)}, q.options().dtype(at::kInt));
 }
 
-Tensor choose_blocks(const char* op, bool computes, const Tensor& q_idx, const Tensor& k_idx, const Layout& layout,
+Tensor choose_blocks(const char* op, Where where, const Tensor& q_idx, const Tensor& k_idx, const Layout& layout,
                      std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks) {
   check_float(op, "q_idx", q_idx, 3);
   check_keys(op, layout.name("k_idx"), k_idx, layout.rank(2));
   layout.check(op);
   check_topk(op, topk);
   const Tensor blocks = make_blocks(q_idx, q_idx.sym_size(1), topk);
-  if (!computes) return blocks;
-  Inputs inputs(op);
+  if (where == Where::kMeta) return blocks;
+  Inputs inputs(op, where);
   SelectBlocksParams params;
   params.q_idx = inputs.view("q_idx", q_idx);
   params.k_idx = inputs.view(layout.name("k_idx"), k_idx);
@@ -258,51 +320,55 @@ Tensor choose_blocks(const char* op, bool computes, const Tensor& q_idx, const T
   params.topk = topk;
   params.local_blocks = local_blocks;
   params.init_blocks = init_blocks;
-  call_library(op, [&](const Context& context) { msa::select_blocks(context, params, output_view(blocks)); });
+  call_library(
+      op, inputs, [&](const Context& context) { return select_blocks_workspace(context, params); },
+      [&](const Context& context) { msa::select_blocks(context, params, output_view(blocks)); });
   return blocks;
 }
 
-template <bool computes>
+template <Where where>
 Tensor select_blocks_kernel(const Tensor& q_idx, const Tensor& k_idx, const Tensor& cu_seqlens_q,
                             const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
                             std::int64_t local_blocks, std::int64_t init_blocks,
                             const OptionalTensor& query_positions) {
-  return choose_blocks("select_blocks", computes, q_idx, k_idx,
+  return choose_blocks("select_blocks", where, q_idx, k_idx,
                        Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, topk, local_blocks,
                        init_blocks);
 }
 
-template <bool computes>
+template <Where where>
 Tensor select_blocks_paged_kernel(const Tensor& q_idx, const Tensor& k_idx_pages, const Tensor& cu_seqlens_q,
                                   const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
                                   std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
                                   const OptionalTensor& query_positions) {
-  return choose_blocks("select_blocks_paged", computes, q_idx, k_idx_pages,
+  return choose_blocks("select_blocks_paged", where, q_idx, k_idx_pages,
                        Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, topk,
                        local_blocks, init_blocks);
 }
 
 // ---- topk_blocks ----
 
-template <bool computes>
+template <Where where>
 Tensor topk_blocks_kernel(const Tensor& scores, std::int64_t topk) {
   constexpr const char* op = "topk_blocks";
   check_rank(op, "scores", scores, 2);
   TORCH_CHECK(scores.scalar_type() == at::kFloat, op, ": scores: ", describe_tensor(scores), " must be float32");
   check_topk(op, topk);
   const Tensor ids = at::empty_symint({scores.sym_size(0), c10::SymInt(topk)}, scores.options().dtype(at::kInt));
-  if (!computes) return ids;
-  Inputs inputs(op);
+  if (where == Where::kMeta) return ids;
+  Inputs inputs(op, where);
   TopkBlocksParams params;
   params.scores = inputs.view("scores", scores);
   params.topk = topk;
-  call_library(op, [&](const Context& context) { msa::topk_blocks(context, params, output_view(ids)); });
+  call_library(
+      op, inputs, [&](const Context& context) { return topk_blocks_workspace(context, params); },
+      [&](const Context& context) { msa::topk_blocks(context, params, output_view(ids)); });
   return ids;
 }
 
 // ---- select_blocks_oracle ----
 
-Tensor choose_oracle_blocks(const char* op, bool computes, const Tensor& q, const Tensor& k, const Layout& layout,
+Tensor choose_oracle_blocks(const char* op, Where where, const Tensor& q, const Tensor& k, const Layout& layout,
                             std::int64_t block_size, std::int64_t topk, std::int64_t local_blocks,
                             std::int64_t init_blocks, std::optional<double> scale) {
   check_float(op, "q", q, 3);
@@ -310,8 +376,8 @@ Tensor choose_oracle_blocks(const char* op, bool computes, const Tensor& q, cons
   layout.check(op);
   check_topk(op, topk);
   const Tensor blocks = make_blocks(q, k.sym_size(-2), topk);
-  if (!computes) return blocks;
-  Inputs inputs(op);
+  if (where == Where::kMeta) return blocks;
+  Inputs inputs(op, where);
   OracleBlocksParams params;
   params.q = inputs.view("q", q);
   params.k = inputs.view(layout.name("k"), k);
@@ -321,26 +387,28 @@ Tensor choose_oracle_blocks(const char* op, bool computes, const Tensor& q, cons
   params.local_blocks = local_blocks;
   params.init_blocks = init_blocks;
   params.scale = scale;
-  call_library(op, [&](const Context& context) { msa::select_blocks_oracle(context, params, output_view(blocks)); });
+  call_library(
+      op, inputs, [&](const Context& context) { return select_blocks_oracle_workspace(context, params); },
+      [&](const Context& context) { msa::select_blocks_oracle(context, params, output_view(blocks)); });
   return blocks;
 }
 
-template <bool computes>
+template <Where where>
 Tensor select_blocks_oracle_kernel(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
                                    const Tensor& cu_seqlens_k, std::int64_t block_size, std::int64_t topk,
                                    std::int64_t local_blocks, std::int64_t init_blocks, std::optional<double> scale,
                                    const OptionalTensor& query_positions) {
-  return choose_oracle_blocks("select_blocks_oracle", computes, q, k,
+  return choose_oracle_blocks("select_blocks_oracle", where, q, k,
                               Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, topk,
                               local_blocks, init_blocks, scale);
 }
 
-template <bool computes>
+template <Where where>
 Tensor select_blocks_oracle_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& cu_seqlens_q,
                                          const Tensor& page_table, const Tensor& seqlens_k, std::int64_t block_size,
                                          std::int64_t topk, std::int64_t local_blocks, std::int64_t init_blocks,
                                          std::optional<double> scale, const OptionalTensor& query_positions) {
-  return choose_oracle_blocks("select_blocks_oracle_paged", computes, q, k_pages,
+  return choose_oracle_blocks("select_blocks_oracle_paged", where, q, k_pages,
                               Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, topk,
                               local_blocks, init_blocks, scale);
 }
@@ -366,9 +434,14 @@ struct AttentionArguments {
     layout.check(op);
   }
 
-  /// Calls `body` with the library's parameters of the one operator or the other.
-  template <class Body>
-  void call(Inputs& inputs, Body&& body) const {
+  /// Calls `body` with the library's parameters of the one operator or the other, and `workspace` for its bytes.
+  template <class Workspace, class Body>
+  void call(Inputs& inputs, Workspace&& workspace, Body&& body) const {
+    const auto run = [&](const auto& params) {
+      call_library(
+          op, inputs, [&](const Context& context) { return workspace(context, params); },
+          [&](const Context& context) { body(context, params); });
+    };
     const auto fill = [&](auto params) {
       params.q = inputs.view("q", q);
       params.k = inputs.view(layout.name("k"), k);
@@ -378,16 +451,28 @@ struct AttentionArguments {
       return params;
     };
     if (blocks == nullptr) {
-      const auto params = fill(DenseAttentionParams());
-      call_library(op, [&](const Context& context) { body(context, params); });
+      run(fill(DenseAttentionParams()));
       return;
     }
     auto params = fill(SparseAttentionParams());
     params.blocks = inputs.view("blocks", *blocks);
     params.block_size = block_size;
-    call_library(op, [&](const Context& context) { body(context, params); });
+    run(params);
   }
 };
+
+std::size_t forward_bytes(const Context& context, const SparseAttentionParams& params) {
+  return sparse_attention_workspace(context, params);
+}
+std::size_t forward_bytes(const Context& context, const DenseAttentionParams& params) {
+  return dense_attention_workspace(context, params);
+}
+std::size_t backward_bytes(const Context& context, const SparseAttentionParams& params) {
+  return sparse_attention_backward_workspace(context, params);
+}
+std::size_t backward_bytes(const Context& context, const DenseAttentionParams& params) {
+  return dense_attention_backward_workspace(context, params);
+}
 
 void run_attention(const Context& context, const SparseAttentionParams& params, TensorView out, TensorView lse) {
   msa::sparse_attention(context, params, out, lse);
@@ -404,54 +489,56 @@ void run_backward(const Context& context, const DenseAttentionParams& params, co
   msa::dense_attention_backward(context, params, saved, grads);
 }
 
-TensorPair attention(bool computes, const AttentionArguments& arguments) {
+TensorPair attention(Where where, const AttentionArguments& arguments) {
   const auto& [op, q, k, v, blocks, layout, block_size, scale] = arguments;
   arguments.check();
-  if (computes) {  // before `out` is allocated
+  if (where != Where::kMeta) {  // before `out` is allocated
     TORCH_CHECK(v.size(-1) <= kMaxHeadDim, op, ": ", layout.name("v"), ": ", describe_tensor(v), ": head dimension ",
                 v.size(-1), " must be at most ", kMaxHeadDim);
   }
   const Tensor out = at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(-1)}, q.options());
   const Tensor lse = at::empty_symint({q.sym_size(0), q.sym_size(1)}, q.options().dtype(at::kFloat));
-  if (!computes) return {out, lse};
-  Inputs inputs(op);
-  arguments.call(inputs, [&](const Context& context, const auto& params) {
-    run_attention(context, params, output_view(out), output_view(lse));
-  });
+  if (where == Where::kMeta) return {out, lse};
+  Inputs inputs(op, where);
+  arguments.call(
+      inputs, [](const Context& context, const auto& params) { return forward_bytes(context, params); },
+      [&](const Context& context, const auto& params) {
+        run_attention(context, params, output_view(out), output_view(lse));
+      });
   return {out, lse};
 }
 
-template <bool computes>
+template <Where where>
 TensorPair sparse_attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& blocks,
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size,
                                    std::optional<double> scale, const OptionalTensor& query_positions) {
-  return attention(computes, {"sparse_attention", q, k, v, &blocks,
-                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, scale});
+  return attention(where, {"sparse_attention", q, k, v, &blocks,
+                           Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, scale});
 }
 
-template <bool computes>
+template <Where where>
 TensorPair sparse_attention_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                          const Tensor& blocks, const Tensor& cu_seqlens_q, const Tensor& page_table,
                                          const Tensor& seqlens_k, std::int64_t block_size, std::optional<double> scale,
                                          const OptionalTensor& query_positions) {
-  return attention(computes, {"sparse_attention_paged", q, k_pages, v_pages, &blocks,
-                              Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, scale});
+  return attention(where, {"sparse_attention_paged", q, k_pages, v_pages, &blocks,
+                           Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), block_size, scale});
 }
 
-template <bool computes>
+template <Where where>
 TensorPair dense_attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                                   const Tensor& cu_seqlens_k, std::optional<double> scale,
                                   const OptionalTensor& query_positions) {
-  return attention(computes, {"dense_attention", q, k, v, nullptr,
-                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), 0, scale});
+  return attention(where, {"dense_attention", q, k, v, nullptr,
+                           Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), 0, scale});
 }
 
-template <bool computes>
+template <Where where>
 TensorPair dense_attention_paged_kernel(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                         const Tensor& cu_seqlens_q, const Tensor& page_table, const Tensor& seqlens_k,
                                         std::optional<double> scale, const OptionalTensor& query_positions) {
-  return attention(computes, {"dense_attention_paged", q, k_pages, v_pages, nullptr,
-                              Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), 0, scale});
+  return attention(where, {"dense_attention_paged", q, k_pages, v_pages, nullptr,
+                           Layout::paged(cu_seqlens_q, page_table, seqlens_k, query_positions), 0, scale});
 }
 
 AttentionSaved attention_saved(const char* op, Inputs& inputs, const OptionalTensor& dout, const OptionalTensor& dlse,
@@ -470,40 +557,42 @@ AttentionSaved attention_saved(const char* op, Inputs& inputs, const OptionalTen
   return saved;
 }
 
-TensorTriple attention_backward(bool computes, const AttentionArguments& arguments, const OptionalTensor& dout,
+TensorTriple attention_backward(Where where, const AttentionArguments& arguments, const OptionalTensor& dout,
                                 const OptionalTensor& dlse, const Tensor& out, const Tensor& lse) {
   const auto& [op, q, k, v, blocks, layout, block_size, scale] = arguments;
-  if (computes) arguments.check();
+  if (where != Where::kMeta) arguments.check();
   const Tensor dq = at::empty_symint(q.sym_sizes(), q.options());
   const Tensor dk = at::empty_symint(k.sym_sizes(), k.options());
   const Tensor dv = at::empty_symint(v.sym_sizes(), v.options());
-  if (!computes) return {dq, dk, dv};
-  Inputs inputs(op);
+  if (where == Where::kMeta) return {dq, dk, dv};
+  Inputs inputs(op, where);
   const AttentionSaved saved = attention_saved(op, inputs, dout, dlse, out, lse);
-  arguments.call(inputs, [&](const Context& context, const auto& params) {
-    run_backward(context, params, saved, {output_view(dq), output_view(dk), output_view(dv)});
-  });
+  arguments.call(
+      inputs, [](const Context& context, const auto& params) { return backward_bytes(context, params); },
+      [&](const Context& context, const auto& params) {
+        run_backward(context, params, saved, {output_view(dq), output_view(dk), output_view(dv)});
+      });
   return {dq, dk, dv};
 }
 
-template <bool computes>
+template <Where where>
 TensorTriple sparse_attention_backward_kernel(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
                                               const Tensor& k, const Tensor& v, const Tensor& blocks, const Tensor& out,
                                               const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                               std::int64_t block_size, std::optional<double> scale,
                                               const OptionalTensor& query_positions) {
-  return attention_backward(computes,
+  return attention_backward(where,
                             {"sparse_attention_backward", q, k, v, &blocks,
                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), block_size, scale},
                             dout, dlse, out, lse);
 }
 
-template <bool computes>
+template <Where where>
 TensorTriple dense_attention_backward_kernel(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
                                              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                              std::optional<double> scale, const OptionalTensor& query_positions) {
-  return attention_backward(computes,
+  return attention_backward(where,
                             {"dense_attention_backward", q, k, v, nullptr,
                              Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions), 0, scale},
                             dout, dlse, out, lse);
@@ -546,7 +635,7 @@ IndexKlParams index_kl_params(Inputs& inputs, const char* op, const Tensor& q_id
   return params;
 }
 
-template <bool computes>
+template <Where where>
 std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_kernel(
     const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> index_scale,
@@ -558,27 +647,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> index_kl_forward_kernel(
   const Tensor lse_main = at::empty_symint({q.sym_size(0), q.sym_size(1)}, options);
   const Tensor lse_index = at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options);
   const Tensor teacher_norm = at::empty_symint({q_idx.sym_size(0), q_idx.sym_size(1)}, options);
-  if (!computes) return {kl, lse_main, lse_index, teacher_norm};
-  Inputs inputs(op);
+  if (where == Where::kMeta) return {kl, lse_main, lse_index, teacher_norm};
+  Inputs inputs(op, where);
   const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
   const IndexKlParams params =
       index_kl_params(inputs, op, q_idx, k_idx, q, k, blocks, batch, block_size, index_scale, scale, teacher);
   const IndexKlSaved saved{output_view(lse_main), output_view(lse_index), output_view(teacher_norm)};
-  *kl.mutable_data_ptr<float>() =
-      call_library(op, [&](const Context& context) { return msa::index_kl(context, params, saved); });
+  call_library(
+      op, inputs, [&](const Context& context) { return index_kl_workspace(context, params); },
+      [&](const Context& context) { msa::index_kl(context, params, saved, scalars_view(kl, 1)); });
   return {kl, lse_main, lse_index, teacher_norm};
 }
 
-template <bool computes>
+template <Where where>
 Tensor index_kl_kernel(const Tensor& q_idx, const Tensor& k_idx, const Tensor& q, const Tensor& k,
                        const OptionalTensor& blocks, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                        std::int64_t block_size, std::optional<double> index_scale, std::optional<double> scale,
                        std::string_view teacher, const OptionalTensor& query_positions) {
-  return std::get<0>(index_kl_forward_kernel<computes>(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k,
-                                                       block_size, index_scale, scale, teacher, query_positions));
+  return std::get<0>(index_kl_forward_kernel<where>(q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, block_size,
+                                                    index_scale, scale, teacher, query_positions));
 }
 
-template <bool computes>
+template <Where where>
 TensorPair index_kl_backward_kernel(const Tensor& grad_output, const Tensor& q_idx, const Tensor& k_idx,
                                     const Tensor& q, const Tensor& k, const OptionalTensor& blocks,
                                     const Tensor& lse_main, const Tensor& lse_index, const Tensor& teacher_norm,
@@ -588,13 +678,13 @@ TensorPair index_kl_backward_kernel(const Tensor& grad_output, const Tensor& q_i
   constexpr const char* op = "index_kl_backward";
   Tensor dq_idx = at::empty_symint(q_idx.sym_sizes(), q_idx.options());
   Tensor dk_idx = at::empty_symint(k_idx.sym_sizes(), k_idx.options());
-  if (!computes) return {dq_idx, dk_idx};
+  if (where == Where::kMeta) return {dq_idx, dk_idx};
   check_index_kl(op, q_idx, k_idx, q, k, blocks, cu_seqlens_q, cu_seqlens_k, teacher, query_positions);
   TORCH_CHECK(grad_output.numel() == 1, op, ": grad_output: ", describe_tensor(grad_output), " must be a scalar");
   check_float(op, "lse_main", lse_main, 2);
   check_float(op, "lse_index", lse_index, 2);
   check_float(op, "teacher_norm", teacher_norm, 2);
-  Inputs inputs(op);
+  Inputs inputs(op, where);
   const Batch batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
   const IndexKlParams params =
       index_kl_params(inputs, op, q_idx, k_idx, q, k, blocks, batch, block_size, index_scale, scale, teacher);
@@ -603,16 +693,22 @@ TensorPair index_kl_backward_kernel(const Tensor& grad_output, const Tensor& q_i
   const Tensor index = lse_index.contiguous();
   const Tensor norm = teacher_norm.contiguous();
   const IndexKlSaved saved{output_view(main), output_view(index), output_view(norm)};
-  const float grad = grad_output.item().toFloat();
-  call_library(op, [&](const Context& context) {
-    msa::index_kl_backward(context, params, saved, grad, output_view(dq_idx), output_view(dk_idx));
-  });
+  inputs.view("grad_output", grad_output.reshape({1}));  // that all are on one device
+  inputs.view("lse_main", lse_main);
+  inputs.view("lse_index", lse_index);
+  inputs.view("teacher_norm", teacher_norm);
+  const Tensor grad = grad_output.to(at::kFloat);
+  call_library(
+      op, inputs, [&](const Context& context) { return index_kl_backward_workspace(context, params); },
+      [&](const Context& context) {
+        msa::index_kl_backward(context, params, saved, scalars_view(grad, 1), output_view(dq_idx), output_view(dk_idx));
+      });
   return {dq_idx, dk_idx};
 }
 
 // ---- selection_recall ----
 
-template <bool computes>
+template <Where where>
 TensorPair selection_recall_kernel(const Tensor& q, const Tensor& k, const Tensor& blocks, const Tensor& cu_seqlens_q,
                                    const Tensor& cu_seqlens_k, std::int64_t block_size, std::optional<double> scale,
                                    const OptionalTensor& query_positions) {
@@ -623,8 +719,8 @@ TensorPair selection_recall_kernel(const Tensor& q, const Tensor& k, const Tenso
   Layout::packed(cu_seqlens_q, cu_seqlens_k, query_positions).check(op);
   const auto options = q.options().dtype(at::kFloat);
   const Tensor block_recall = at::empty({}, options), score_recall = at::empty({}, options);
-  if (!computes) return {block_recall, score_recall};
-  Inputs inputs(op);
+  if (where == Where::kMeta) return {block_recall, score_recall};
+  Inputs inputs(op, where);
   SelectionRecallParams params;
   params.q = inputs.view("q", q);
   params.k = inputs.view("k", k);
@@ -632,58 +728,41 @@ TensorPair selection_recall_kernel(const Tensor& q, const Tensor& k, const Tenso
   params.batch = inputs.packed(cu_seqlens_q, cu_seqlens_k, query_positions);
   params.block_size = block_size;
   params.scale = scale;
-  const SelectionRecall recall =
-      call_library(op, [&](const Context& context) { return msa::selection_recall(context, params); });
-  *block_recall.mutable_data_ptr<float>() = static_cast<float>(recall.block_recall);
-  *score_recall.mutable_data_ptr<float>() = static_cast<float>(recall.score_recall);
+  const Tensor recalls = at::empty({2}, options);
+  call_library(
+      op, inputs, [&](const Context& context) { return selection_recall_workspace(context, params); },
+      [&](const Context& context) { msa::selection_recall(context, params, scalars_view(recalls, 2)); });
+  block_recall.copy_(recalls.select(0, 0));
+  score_recall.copy_(recalls.select(0, 1));
   return {block_recall, score_recall};
 }
 
 // ---- Registration ----
 
-void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
-  TORCH_CHECK(false, op.schema().name(), ": got a CUDA tensor, but this build of msa has no CUDA backend; move all ",
-              "tensors to the cpu");
-}
-
 std::string version_string() { return version(); }
 
-template <bool computes>
-void register_kernels(torch::Library& m) {
-  m.impl("select_blocks", select_blocks_kernel<computes>);
-  m.impl("topk_blocks", topk_blocks_kernel<computes>);
-  m.impl("select_blocks_oracle", select_blocks_oracle_kernel<computes>);
-  m.impl("sparse_attention", sparse_attention_kernel<computes>);
-  m.impl("dense_attention", dense_attention_kernel<computes>);
-  m.impl("index_kl", index_kl_kernel<computes>);
-  m.impl("selection_recall", selection_recall_kernel<computes>);
-  m.impl("select_blocks_paged", select_blocks_paged_kernel<computes>);
-  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_kernel<computes>);
-  m.impl("sparse_attention_paged", sparse_attention_paged_kernel<computes>);
-  m.impl("dense_attention_paged", dense_attention_paged_kernel<computes>);
-  m.impl("sparse_attention_backward", sparse_attention_backward_kernel<computes>);
-  m.impl("dense_attention_backward", dense_attention_backward_kernel<computes>);
-  m.impl("_index_kl_forward", index_kl_forward_kernel<computes>);
-  m.impl("_index_kl_backward", index_kl_backward_kernel<computes>);
+bool check_device_data(std::optional<bool> enabled) {
+  return enabled ? checks_device_data().exchange(*enabled) : checks_device_data().load();
 }
 
-constexpr const char* kOps[] = {
-    "select_blocks",
-    "topk_blocks",
-    "select_blocks_oracle",
-    "sparse_attention",
-    "dense_attention",
-    "index_kl",
-    "selection_recall",
-    "select_blocks_paged",
-    "select_blocks_oracle_paged",
-    "sparse_attention_paged",
-    "dense_attention_paged",
-    "sparse_attention_backward",
-    "dense_attention_backward",
-    "_index_kl_forward",
-    "_index_kl_backward",
-};
+template <Where where>
+void register_kernels(torch::Library& m) {
+  m.impl("select_blocks", select_blocks_kernel<where>);
+  m.impl("topk_blocks", topk_blocks_kernel<where>);
+  m.impl("select_blocks_oracle", select_blocks_oracle_kernel<where>);
+  m.impl("sparse_attention", sparse_attention_kernel<where>);
+  m.impl("dense_attention", dense_attention_kernel<where>);
+  m.impl("index_kl", index_kl_kernel<where>);
+  m.impl("selection_recall", selection_recall_kernel<where>);
+  m.impl("select_blocks_paged", select_blocks_paged_kernel<where>);
+  m.impl("select_blocks_oracle_paged", select_blocks_oracle_paged_kernel<where>);
+  m.impl("sparse_attention_paged", sparse_attention_paged_kernel<where>);
+  m.impl("dense_attention_paged", dense_attention_paged_kernel<where>);
+  m.impl("sparse_attention_backward", sparse_attention_backward_kernel<where>);
+  m.impl("dense_attention_backward", dense_attention_backward_kernel<where>);
+  m.impl("_index_kl_forward", index_kl_forward_kernel<where>);
+  m.impl("_index_kl_backward", index_kl_backward_kernel<where>);
+}
 
 }  // namespace
 
@@ -756,13 +835,12 @@ TORCH_LIBRARY(msa, m) {
       "-> (Tensor dq_idx, Tensor dk_idx)",
       tags);
   m.def("version() -> str", version_string);
+  m.def("cuda_is_built() -> bool", cuda_is_built);
+  m.def("check_device_data(bool? enabled=None) -> bool", check_device_data);
 }
 
-TORCH_LIBRARY_IMPL(msa, CPU, m) { register_kernels<true>(m); }
-TORCH_LIBRARY_IMPL(msa, Meta, m) { register_kernels<false>(m); }
-
-TORCH_LIBRARY_IMPL(msa, CUDA, m) {
-  for (const char* op : kOps) m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
-}
+TORCH_LIBRARY_IMPL(msa, CPU, m) { register_kernels<Where::kCpu>(m); }
+TORCH_LIBRARY_IMPL(msa, CUDA, m) { register_kernels<Where::kCuda>(m); }
+TORCH_LIBRARY_IMPL(msa, Meta, m) { register_kernels<Where::kMeta>(m); }
 
 }  // namespace msa::torch_ops

@@ -35,8 +35,8 @@ struct Context {
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   /// Check what lies in device memory, too (sequence bounds, page tables, positions, block ids): a kernel, and one wait
-  /// of the host. Not done while the stream captures a graph. Without it the host never waits, as graph capture needs, and ids out of range are treated as absent;
-  /// the operators that return a number to the host wait in any case.
+  /// of the host. Without it the host never waits, and ids out of range are treated as absent; the operators that
+  /// return a number to the host wait in any case. While the stream captures a graph nothing is checked.
   bool check_device_data = true;
 };
 

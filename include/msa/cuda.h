@@ -21,6 +21,8 @@ struct CudaInfo {
   int driver_version = 0;   ///< the newest runtime that the driver takes
 };
 
+/// CudaInfo::built alone, without asking anyone.
+bool cuda_is_built();
 /// Asks the runtime; never throws for want of a GPU.
 CudaInfo cuda_info();
 

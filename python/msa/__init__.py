@@ -15,6 +15,8 @@ load_library()
 
 from msa import nn, ops  # noqa: E402  (they need the operators)
 from msa.ops import (  # noqa: E402
+    check_device_data,
+    cuda_is_built,
     dense_attention,
     dense_attention_paged,
     index_kl,
@@ -32,6 +34,8 @@ from msa.ops import (  # noqa: E402
 __version__ = version()
 
 __all__ = [
+    "check_device_data",
+    "cuda_is_built",
     "dense_attention",
     "dense_attention_paged",
     "index_kl",

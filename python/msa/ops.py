@@ -15,13 +15,14 @@ Rules they share:
   keys may be torch.float8_e4m3fn beside wider queries: the result is bit for bit that of the widened tensors. Integer tensors are int32. Strides are free (a last dimension that is not contiguous is copied).
   Under autocast the operators run in the dtypes they are given.
 - Limits: block_size a power of two from 16 to 256, topk from 1 to 64, head dimensions multiples of 16 up to 256.
-- Devices: CPU. Threads: `torch.get_num_threads()`; results do not depend on it, bit for bit, nor on how the tokens are
-  packed or chunked.
+- Devices: CPU, or a Hopper GPU in a build with CUDA (docs/cuda.md): all tensors of a call on one device. The work goes to
+  torch's current stream; `check_device_data` says when the host waits. Threads on the CPU: `torch.get_num_threads()`;
+  results do not depend on it, bit for bit, nor on how the tokens are packed or chunked.
 - Bad input raises RuntimeError "op: argument: what it was; the rule", before anything is computed.
 - `query_positions`, int32 [Tq], puts each query at a position of its own choice (rising strictly within a sequence, below
   Lk) in place of the last Lq positions: a call can take a sample of a sequence's rows.
-- The environment variable MSA_BACKEND (`auto`, `reference`, `cpu`) picks the implementation, to compare results:
-  `reference` is scalar double-precision code, slow and simple.
+- The environment variable MSA_BACKEND (`auto`, `reference`, `cpu`) picks the implementation for tensors on the
+  CPU, to compare results: `reference` is scalar double-precision code, slow and simple.
 
 In the notes on cost, Lk is what a row sees and G the group size.
 """
@@ -36,6 +37,27 @@ from torch import Tensor
 def version() -> str:
     """Version of the loaded library, "major.minor.patch"."""
     return torch.ops.msa.version()
+
+
+def cuda_is_built() -> bool:
+    """Whether the loaded library has the CUDA backend; `msa info` also says whether this machine can run it."""
+    return torch.ops.msa.cuda_is_built()
+
+
+def check_device_data(enabled: Optional[bool] = None) -> bool:
+    """Whether operators on a GPU check what lies in its memory: sequence bounds, page tables, positions and block ids.
+
+    That costs a small kernel and makes the host wait for it, so switch it off once a program is known to pass good ones:
+    the host then never waits, and ids out of range are treated as absent. While a graph is captured nothing is checked.
+    The environment variable MSA_CHECK_DEVICE_DATA=0 switches it off from the start.
+
+    Args:
+        enabled: the new setting, for the whole process; None leaves it.
+
+    Returns:
+        the setting until now.
+    """
+    return torch.ops.msa.check_device_data(enabled)
 
 
 def select_blocks(

@@ -10,6 +10,8 @@
 
 namespace msa {
 
+bool cuda_is_built() { return cuda::is_built(); }
+
 CudaInfo cuda_info() {
   if (cuda::is_built()) return cuda::describe_device();
   CudaInfo info;

@@ -27,7 +27,7 @@ def test_functions_are_documented(name):
     for parameter in inspect.signature(function).parameters.values():
         if parameter.annotation in (torch.Tensor, "Tensor") and not parameter.name.startswith("cu_seqlens"):
             assert f"{parameter.name}:" in documented, parameter.name
-    if name != "version":
+    if name not in ("version", "cuda_is_built", "check_device_data"):
         assert "Returns:" in documented and "[" in documented
 
 
