@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every kernel stands on: the CUDA headers or, under MSA_CUDA_EMULATION, the emulator that runs kernels on a CPU;
 // storage types with their conversions; warp sums; and launch(). Nothing else includes CUDA headers for device code, so
-// that a kernel compiles with nvcc and, as plain C++20, with the host's compiler. Tested in tests/cuda/emulator_test.cc.
+// that a kernel compiles with nvcc and, as plain C++20, with the host's compiler. Tested in
+// tests/cuda/emulator_test.cc.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +29,8 @@ namespace msa::cuda {
 inline constexpr unsigned kFullMask = 0xffffffffu;
 inline constexpr int kWarpSize = 32;
 
-// Storage types: bit patterns with one way in and one way out ----------------------------------------------------------
+// Storage types: bit patterns with one way in and one way out
+// ----------------------------------------------------------
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -86,7 +88,8 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-/// Two neighbours in one word, `low` at the lower address: what a matrix instruction's A operand and a 4-byte store take.
+/// Two neighbours in one word, `low` at the lower address: what a matrix instruction's A operand and a 4-byte store
+/// take.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
@@ -97,8 +100,8 @@ __device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
            static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
   } else {
     const __half2 pair = __floats2half2_rn(low, high);
-    return static_cast<std::uint32_t>(__half_as_ushort(pair.x)) |
-           static_cast<std::uint32_t>(__half_as_ushort(pair.y)) << 16;
+    return static_cast<std::uint32_t>(__half_as_ushort(pair.x)) | static_cast<std::uint32_t>(__half_as_ushort(pair.y))
+                                                                      << 16;
   }
 #else
   return static_cast<std::uint32_t>(from_float<T>(low).bits) | static_cast<std::uint32_t>(from_float<T>(high).bits)
@@ -106,7 +109,8 @@ __device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
 #endif
 }
 
-// Small helpers --------------------------------------------------------------------------------------------------------
+// Small helpers
+// --------------------------------------------------------------------------------------------------------
 
 template <class T>
 __host__ __device__ constexpr T min_of(T a, T b) {
@@ -149,20 +153,21 @@ __device__ __forceinline__ std::byte* shared_memory() {
 #endif
 }
 
-// Launch ---------------------------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------------------------
 
 #if defined(MSA_CUDA_EMULATION)
 
 /// Runs the kernel at once. A grid without blocks is no launch.
 template <class... Params, class... Args>
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void* /*stream*/, void (*kernel)(Params...),
-            const Args&... args) {
+            Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   emulator::run_grid(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 template <class... Params, class... Args>
 void launch_dependent(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
-                      const Args&... args) {
+                      Args&&... args) {
   launch(grid, block, shared_bytes, stream, kernel, args...);
 }
 
@@ -178,7 +183,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 template <class... Params, class... Args>
 void launch_with(bool dependent, dim3 grid, dim3 block, std::size_t shared_bytes, void* stream,
-                 void (*kernel)(Params...), const Args&... args) {
+                 void (*kernel)(Params...), Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {  // more than a kernel gets without asking
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -201,15 +206,14 @@ void launch_with(bool dependent, dim3 grid, dim3 block, std::size_t shared_bytes
 /// Launches kernel<<<grid, block, shared_bytes, stream>>>(args...); stream is a cudaStream_t, null the default one.
 /// Throws msa::Error when the launch fails. A grid without blocks is no launch.
 template <class... Params, class... Args>
-void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
-            const Args&... args) {
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...), Args&&... args) {
   launch_with(false, grid, block, shared_bytes, stream, kernel, args...);
 }
 /// The same as a programmatic dependent launch: the kernel may start while the one before it on the stream still runs,
 /// and must call ptx::griddepcontrol_wait() before it reads what that one wrote or writes what that one reads.
 template <class... Params, class... Args>
 void launch_dependent(dim3 grid, dim3 block, std::size_t shared_bytes, void* stream, void (*kernel)(Params...),
-                      const Args&... args) {
+                      Args&&... args) {
   launch_with(true, grid, block, shared_bytes, stream, kernel, args...);
 }
 

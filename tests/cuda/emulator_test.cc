@@ -93,9 +93,7 @@ TEST(Emulator, WarpFunctionsAsOnTheDevice) {
 __global__ void half_a_mask() {
   if (threadIdx.x < 16) __syncwarp();
 }
-__global__ void two_masks() {
-  __syncwarp(threadIdx.x % 32 < 16 ? 0x0001ffffu : 0xffff0000u);
-}
+__global__ void two_masks() { __syncwarp(threadIdx.x % 32 < 16 ? 0x0001ffffu : 0xffff0000u); }
 __global__ void two_functions() {
   if (threadIdx.x % 2 == 0) {
     __syncwarp();

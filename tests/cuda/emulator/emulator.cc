@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fibers and their scheduler: see emulator.h. On x86-64 a switch saves the callee-saved registers and swaps stacks, some
-// ten nanoseconds; elsewhere it is swapcontext. Under a sanitizer every switch is announced to it.
+// Fibers and their scheduler: see emulator.h. On x86-64 a switch saves the callee-saved registers and swaps stacks,
+// some ten nanoseconds; elsewhere it is swapcontext. Under a sanitizer every switch is announced to it.
 #include "tests/cuda/emulator/emulator.h"
 
 #include <exception>
@@ -346,7 +346,8 @@ void named_barrier_sync(unsigned id, unsigned threads) {
 void run_grid(dim3 grid, dim3 block_size, std::size_t shared_bytes, const std::function<void()>& thread) {
   Block& b = block();
   const unsigned threads = block_size.x * block_size.y * block_size.z;
-  if (threads == 0 || threads > kMaxThreads) throw Fault("launch: bad block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads > kMaxThreads)
+    throw Fault("launch: bad block of " + std::to_string(threads) + " threads");
   if (b.fibers.empty()) b.fibers.resize(kMaxThreads);
   b.threads = threads;
   b.meetings.resize(kMaxThreads / 32);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on the CPU, so that a kernel's indices, barriers and asynchronous copies are tested without a GPU.
 // A CUDA thread is a fiber; a block's fibers take turns, each running until it waits for another; blocks run one after
-// the other. Holds the CUDA names that kernels use (threadIdx, __shfl_sync, atomicAdd, ...). The instructions of ptx.cuh
-// are in ptx.h beside this. Tested in tests/cuda/emulator_test.cc.
+// the other. Holds the CUDA names that kernels use (threadIdx, __shfl_sync, atomicAdd, ...). The instructions of
+// ptx.cuh are in ptx.h beside this. Tested in tests/cuda/emulator_test.cc.
 #pragma once
 
 #include <algorithm>
@@ -104,7 +104,8 @@ class WithOptions {
 /// Runs `thread` once for every thread of the grid. Rethrows what a thread threw; throws Fault on a deadlock.
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
 
-// What the functions below are made of ---------------------------------------------------------------------------------
+// What the functions below are made of
+// ---------------------------------------------------------------------------------
 
 /// Suspends the running fiber until ready(context). The scheduler calls `ready` from outside any fiber.
 void wait_until(bool (*ready)(void*), void* context, const char* what);
@@ -124,7 +125,8 @@ std::size_t dynamic_shared_bytes();
 void check_shared(const void* pointer, std::size_t bytes, const char* what);
 
 /// All lanes of `mask` meet; each gives `value` and reads the others' through `read`, which gets 32 values.
-void meet(unsigned mask, const char* what, const std::uint64_t& value, const std::function<void(const std::uint64_t*)>& read);
+void meet(unsigned mask, const char* what, const std::uint64_t& value,
+          const std::function<void(const std::uint64_t*)>& read);
 
 void block_barrier();
 /// Barrier `id` of the block over `threads` threads; arrive does not wait.
@@ -171,7 +173,8 @@ T fold_lanes(unsigned mask, T value, T start, const char* what, Fold fold) {
 
 }  // namespace msa::cuda::emulator
 
-// Synchronisation and warp functions -----------------------------------------------------------------------------------
+// Synchronisation and warp functions
+// -----------------------------------------------------------------------------------
 
 inline void __syncthreads() { msa::cuda::emulator::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -184,9 +187,8 @@ inline void __nanosleep(unsigned) {}
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const auto w = static_cast<unsigned>(width);
-  return msa::cuda::emulator::shuffle(mask, value, "__shfl_sync", [&](unsigned lane) {
-    return lane / w * w + static_cast<unsigned>(source) % w;
-  });
+  return msa::cuda::emulator::shuffle(mask, value, "__shfl_sync",
+                                      [&](unsigned lane) { return lane / w * w + static_cast<unsigned>(source) % w; });
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
@@ -247,7 +249,8 @@ inline int __syncthreads_or(int predicate) {
   return result;
 }
 
-// Atomics: fibers switch only where they wait, so a plain read and write is atomic -------------------------------------
+// Atomics: fibers switch only where they wait, so a plain read and write is atomic
+// -------------------------------------
 
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
@@ -292,7 +295,8 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
   return old;
 }
 
-// Arithmetic -----------------------------------------------------------------------------------------------------------
+// Arithmetic
+// -----------------------------------------------------------------------------------------------------------
 
 template <class T>
 T __ldg(const T* address) {
