@@ -1,58 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which path a call takes: the fast kernels where geometry and dtype allow, else the generic ones. The choice looks at
-// geometry and dtype only, never at lengths or batch, so that prefill, decode and training of one model agree.
+// geometry, dtype and alignment only, never at lengths or batch, so that prefill, decode and training of one model
+// agree. docs/cuda.md has the table.
 #include "src/cuda/operators.h"
 
-#include "msa/error.h"
+#include "src/cuda/generic/attention.h"
+#include "src/cuda/generic/block_mass.h"
+#include "src/cuda/generic/index_kl.h"
+#include "src/cuda/generic/select_blocks.h"
+#include "src/cuda/runtime.h"
+#include "src/cuda/topk_blocks.h"
 
 namespace msa::cuda {
-namespace {
 
-[[noreturn]] void not_written(const char* op) {
-  std::string text = op;
-  text += ": backend: cuda does not offer it yet";
-  throw Error(text);
+void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
+  generic::select_blocks(context.stream, params, blocks);
 }
-
-}  // namespace
-
-void select_blocks(const Context&, const SelectBlocksParams&, const TensorView&) { not_written("select_blocks"); }
-void select_blocks_oracle(const Context&, const OracleBlocksParams&, const TensorView&) {
-  not_written("select_blocks_oracle");
-}
-void topk_blocks(const Context&, const TopkBlocksParams&, const TensorView&) { not_written("topk_blocks"); }
-void sparse_attention(const Context&, const SparseAttentionParams&, const TensorView&, const TensorView&) {
-  not_written("sparse_attention");
-}
-void sparse_attention_backward(const Context&, const SparseAttentionParams&, const AttentionSaved&,
-                               const AttentionGrads&) {
-  not_written("sparse_attention_backward");
-}
-void dense_attention(const Context&, const DenseAttentionParams&, const TensorView&, const TensorView&) {
-  not_written("dense_attention");
-}
-void dense_attention_backward(const Context&, const DenseAttentionParams&, const AttentionSaved&,
-                              const AttentionGrads&) {
-  not_written("dense_attention_backward");
-}
-void index_kl(const Context&, const IndexKlParams&, const IndexKlSaved&, float*) { not_written("index_kl"); }
-void index_kl_backward(const Context&, const IndexKlParams&, const IndexKlSaved&, const float*, const TensorView&,
-                       const TensorView&) {
-  not_written("index_kl_backward");
-}
-void selection_recall(const Context&, const SelectionRecallParams&, float*, std::int64_t*) {
-  not_written("selection_recall");
-}
-
 std::size_t select_blocks_workspace(const SelectBlocksParams&) { return 0; }
-std::size_t select_blocks_oracle_workspace(const OracleBlocksParams&) { return 0; }
+
+void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks) {
+  generic::select_blocks_oracle(context.stream, context.workspace, params, blocks);
+}
+std::size_t select_blocks_oracle_workspace(const OracleBlocksParams& params) {
+  return generic::select_blocks_oracle_workspace(params);
+}
+
+void topk_blocks(const Context& context, const TopkBlocksParams& params, const TensorView& ids) {
+  const std::int64_t rows = params.scores.size(0);
+  const std::int64_t blocks = params.scores.size(1);
+  launch_topk(plan_topk(rows, blocks, multiprocessor_count()), reinterpret_cast<const float*>(params.scores.data),
+              params.scores.stride(0), rows, blocks, params.topk, reinterpret_cast<std::int32_t*>(ids.data),
+              ids.stride(0), context.stream);
+}
 std::size_t topk_blocks_workspace(const TopkBlocksParams&) { return 0; }
+
+void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
+                      const TensorView& lse) {
+  generic::attention(context.stream, params, out, lse);
+}
 std::size_t sparse_attention_workspace(const SparseAttentionParams&) { return 0; }
-std::size_t sparse_attention_backward_workspace(const SparseAttentionParams&) { return 0; }
+
+void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
+                               const AttentionGrads& grads) {
+  generic::attention_backward(context.stream, context.workspace, params, saved, grads);
+}
+std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params) {
+  return generic::attention_backward_workspace(params);
+}
+
+void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
+                     const TensorView& lse) {
+  generic::attention(context.stream, generic::over_whole_prefix(params), out, lse);
+}
 std::size_t dense_attention_workspace(const DenseAttentionParams&) { return 0; }
-std::size_t dense_attention_backward_workspace(const DenseAttentionParams&) { return 0; }
-std::size_t index_kl_workspace(const IndexKlParams&) { return 0; }
+
+void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
+                              const AttentionGrads& grads) {
+  generic::attention_backward(context.stream, context.workspace, generic::over_whole_prefix(params), saved, grads);
+}
+std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params) {
+  return generic::attention_backward_workspace(generic::over_whole_prefix(params));
+}
+
+void index_kl(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved, float* kl) {
+  generic::index_kl(context.stream, context.workspace, params, saved, kl);
+}
+std::size_t index_kl_workspace(const IndexKlParams& params) { return generic::index_kl_workspace(params); }
+
+void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
+                       const float* grad_output, const TensorView& dq_idx, const TensorView& dk_idx) {
+  generic::index_kl_backward(context.stream, params, saved, grad_output, dq_idx, dk_idx);
+}
 std::size_t index_kl_backward_workspace(const IndexKlParams&) { return 0; }
-std::size_t selection_recall_workspace(const SelectionRecallParams&) { return 0; }
+
+void selection_recall(const Context& context, const SelectionRecallParams& params, float* recalls, std::int64_t* rows) {
+  generic::selection_recall(context.stream, context.workspace, params, recalls, rows);
+}
+std::size_t selection_recall_workspace(const SelectionRecallParams& params) {
+  return generic::selection_recall_workspace(params);
+}
 
 }  // namespace msa::cuda

@@ -4,6 +4,7 @@
 
 #include "msa/error.h"
 #include "src/cuda/operators.h"
+#include "src/cuda/runtime.h"
 
 namespace msa::cuda {
 namespace {
@@ -93,6 +94,14 @@ void* allocate(std::size_t bytes) {
 }
 
 void release(void* device) noexcept { cudaFree(device); }
+
+std::int64_t multiprocessor_count() {
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+  return count;
+}
 
 bool is_capturing(const Context& context) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -7,7 +7,7 @@
 
 namespace msa::cuda {
 
-inline constexpr int kTopkWarps = 8;             ///< a thread block; a warp takes a row at a time
+inline constexpr int kTopkWarps = 8;               ///< a thread block; a warp takes a row at a time
 inline constexpr int kTopkBlocksPerProcessor = 3;  ///< 24 warps of 80 registers
 /// Float4 loads that a lane has in flight: 4 KiB a warp in long rows. Rows that end within 256 scores take the narrow
 /// form, whose comparisons are a quarter.
