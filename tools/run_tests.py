@@ -2,7 +2,7 @@
 """Runs the test suites and ends with one line: "N passed, N failed[, N skipped]".
 
 Suites: unit (C++ tests and examples of the release build), static (layering, public headers), python (operators, models,
-command line, main job on a tiny model), asan (unit tests under address and undefined-behaviour sanitizers), tsan (threaded
+operators on a GPU, command line, main job on a tiny model), asan (unit tests under address and undefined-behaviour sanitizers), tsan (threaded
 tests under the thread sanitizer), fuzz (a short run of each fuzzer). Output of a suite is shown when it fails; every log
 stays in build/test-logs.
 """
@@ -115,6 +115,7 @@ def suite_static():
 
 def suite_python():
     count = run_pytest("python", "tests/python")
+    count.add(run_pytest("gpu", "tests/cuda"))
     count.add(run_pytest("integration", "tests/integration"))
     return count
 

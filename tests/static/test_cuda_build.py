@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the device compiler makes of the CUDA backend, read without a GPU: it compiles for sm_90a, no kernel spills registers
+or keeps arrays in local memory, and the hot ones use Hopper's matrix instructions. Skipped without nvcc."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sysconfig
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "cuda-static"
+CUDA_BIN = [os.path.join(os.environ.get(name, "/usr/local/cuda"), "bin") for name in ("CUDA_HOME", "CUDA_PATH")]
+# Kernels whose time is matrix products: what must be found in their machine code. Names as in the source.
+HOT = {
+    "select_scores": "HGMMA",
+    "sparse_attention_tiles": "HGMMA",
+}
+SOURCES = sorted((ROOT / "src/cuda").rglob("*.cu*"))
+
+
+def find_tool(name):
+    triton = pathlib.Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin"  # carries the disassemblers
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *CUDA_BIN, str(triton)]))
+
+
+NVCC, CUOBJDUMP = find_tool("nvcc"), find_tool("cuobjdump")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+
+
+@pytest.fixture(scope="module")
+def library():
+    """libmsa.a with the reference and the CUDA backend alone; minutes the first time, then what has changed."""
+    launchers = [f"-DCMAKE_{lang}_COMPILER_LAUNCHER=ccache" for lang in ("CXX", "CUDA") if shutil.which("ccache")]
+    options = ["-DMSA_CUDA=ON", "-DMSA_CPU=OFF", "-DMSA_BUILD_TORCH=OFF", "-DMSA_BUILD_FILES=OFF", "-DMSA_BUILD_TESTS=OFF"]
+    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-Wno-dev", "-DCMAKE_BUILD_TYPE=Release"]
+    for command in (
+        [*configure, f"-DCMAKE_CUDA_COMPILER={NVCC}", *options, *launchers],
+        ["cmake", "--build", str(BUILD), "--target", "msa"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return BUILD / "src" / "libmsa.a"
+
+
+@pytest.fixture(scope="module")
+def objects(library, tmp_path_factory):
+    if CUOBJDUMP is None:
+        pytest.skip("no cuobjdump on this machine")
+    folder = tmp_path_factory.mktemp("objects")
+    subprocess.run(["ar", "x", str(library)], cwd=folder, check=True)
+    return sorted(path for path in folder.iterdir() if path.name.endswith(".cu.o"))
+
+
+def dump(option, path):
+    result = subprocess.run([CUOBJDUMP, option, str(path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@needs_nvcc
+def test_compiles_for_sm_90a(library, objects):
+    assert library.is_file() and objects
+    for path in objects:
+        assert "sm_90a" in dump("--list-elf", path), path.name
+
+
+@needs_nvcc
+def test_no_kernel_spills(objects):
+    """STACK and LOCAL bytes are spilled registers or arrays indexed at run time: local memory, much slower."""
+    seen = 0
+    for path in objects:
+        for name, usage in re.findall(r"Function (\w+):\s*\n\s*(REG.*)", dump("--dump-resource-usage", path)):
+            numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+            assert numbers["STACK"] == 0 and numbers["LOCAL"] == 0, f"{path.name}: {name}: {usage}"
+            seen += 1
+    assert seen > 0
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", HOT)
+def test_hot_kernels_use_matrix_instructions(kernel, objects):
+    if not any(re.search(rf"\b{kernel}\(", path.read_text()) for path in SOURCES):
+        pytest.skip(f"{kernel} is not written yet")
+    found = 0
+    for path in objects:
+        if kernel not in dump("--dump-resource-usage", path):
+            continue
+        for function in re.split(r"\n\s*Function : ", dump("--dump-sass", path))[1:]:
+            if kernel in function.split("\n", 1)[0]:
+                assert HOT[kernel] in function, f"{path.name}: {function.splitlines()[0]} has no {HOT[kernel]}"
+                found += 1
+    assert found > 0, f"{kernel} is in no object"
