@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of the operators on a GPU against torch's own, beside the peaks measured in the same run.
+
+    python bench/gpu_bench.py --json out/gpu/bench.json [--seconds 100] [--only decode]
+
+Geometry: 64 query and 4 kv heads, dimension 128, blocks of 128, topk 16, bfloat16. Times are medians of CUDA events around
+single calls, after warm-up, with the L2 cache swept before each call; decode is also timed as a replayed graph. torch's peer
+is the fastest of its scaled_dot_product_attention backends (flash, cudnn, efficient) on the same queries and keys. Each row
+says its operations or bytes, and what share of the measured peak that is. Rows that do not fit into memory or time say so.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "python"))
+import msa  # noqa: E402
+
+HQ, HKV, D, BLOCK, TOPK = 64, 4, 128, 128, 16
+K = 1024
+
+
+class Clock:
+    """Median seconds of a call, its inputs out of the cache."""
+
+    def __init__(self):
+        self.sweep = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times the L2
+
+    def __call__(self, call, repeats=10, budget=3.0):
+        call()
+        torch.cuda.synchronize()
+        times, start = [], time.monotonic()
+        while len(times) < repeats and (len(times) < 3 or time.monotonic() - start < budget):
+            self.sweep.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def replay(self, call, repeats=20):
+        """The same as a graph: no time of the host in it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return self(graph.replay, repeats)
+
+
+def peaks(clock):
+    """Matrix products per second in bfloat16 and float8-free copy bytes per second, both on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / clock(lambda: a @ b)
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
+    return {"bf16_flops": product, "copy_bytes": copied}
+
+
+def bounds(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+
+
+def tensors(queries, keys, requires_grad=False):
+    """q, k, v, q_idx, k_idx."""
+    shapes = ((queries, HQ, D), (keys, HKV, D), (keys, HKV, D), (queries, HKV, D), (keys, D))
+    return [torch.randn(*s, device="cuda", dtype=torch.bfloat16).requires_grad_(requires_grad) for s in shapes]
+
+
+def random_blocks(queries, keys, realistic=False):
+    """Each row's own choice among what it sees, the local block always in it; `realistic`: sink, the two local blocks and
+    stripes that neighbouring rows share."""
+    position = torch.arange(keys - queries, keys, device="cuda")
+    last = position // BLOCK
+    rows = queries
+    if realistic:
+        stripes = torch.rand(HKV, (queries + 255) // 256, TOPK * 4, device="cuda").repeat_interleave(256, 1)[:, :rows]
+    else:
+        stripes = torch.rand(HKV, rows, TOPK * 4, device="cuda")
+    ids = (stripes * (last + 1)[None, :, None]).to(torch.int32)
+    ids[..., 0] = last[None]
+    if realistic:
+        ids[..., 1] = (last[None] - 1).clamp_min(0)
+        ids[..., 2] = 0
+    # Ascending and unique: the first TOPK of what is left once repetitions are gone, the local block kept.
+    order = ids.sort(-1).values
+    fresh = torch.ones_like(order, dtype=torch.bool)
+    fresh[..., 1:] = order[..., 1:] != order[..., :-1]
+    forced = (order == last[None, :, None]) | (realistic & ((order == 0) | (order == (last[None, :, None] - 1))))
+    rank = torch.where(fresh, torch.where(forced, -1.0, torch.rand_like(order, dtype=torch.float32)), 2.0)
+    taken = rank.argsort(-1)[..., :TOPK]
+    picked = torch.where(rank.gather(-1, taken) < 2, order.gather(-1, taken), torch.full_like(taken, 1 << 30, dtype=torch.int32))
+    picked = picked.sort(-1).values
+    return torch.where(picked == 1 << 30, -1, picked).contiguous()
+
+
+def sdpa(q, k, v, causal, clock, backward=False):
+    """Seconds and name of torch's fastest dense attention on [rows, heads, dim] tensors; causal bottom-right when the
+    queries are the last of the keys."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+
+    best, which = math.inf, "none"
+    queries, keys = q.shape[0], k.shape[0]
+    shaped = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_(backward) for t in (q, k, v)]
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        def call():
+            options = {"enable_gqa": True}
+            if causal and queries == keys:
+                options["is_causal"] = True
+            elif causal and queries > 1:
+                options["attn_mask"] = causal_lower_right(queries, keys)
+            out = torch.nn.functional.scaled_dot_product_attention(*shaped, **options)
+            if backward:
+                torch.autograd.grad(out, shaped, out)
+
+        try:
+            with sdpa_kernel(backend):
+                seconds = clock(call, repeats=5)
+        except RuntimeError:
+            continue
+        if seconds < best:
+            best, which = seconds, backend.name
+    return best, which
+
+
+def visible_pairs(queries, keys):
+    return queries * keys - queries * (queries - 1) / 2
+
+
+def bench_prefill(clock, add, longest):
+    """The last `queries` rows of a context: selection plus sparse attention against dense attention."""
+    for keys in (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K):
+        if keys > longest:
+            continue
+        queries = min(keys, 32 * K)
+        q, k, v, q_idx, k_idx = tensors(queries, keys)
+        cu = (bounds(queries), bounds(keys))
+        blocks = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
+        select = clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK))
+        attend = clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, BLOCK))
+        dense, which = sdpa(q, k, v, True, clock)
+        pairs = visible_pairs(queries, keys)
+        flops = {"select": 2 * pairs * HKV * D, "attend": 4 * queries * HQ * D * TOPK * BLOCK, "dense": 4 * pairs * HQ * D}
+        add("prefill", {"queries": queries, "keys": keys}, {"select": select, "attend": attend, "dense": dense}, flops,
+            dense_backend=which, speedup=dense / (select + attend), flop_ratio=flops["dense"] / (flops["select"] + flops["attend"]))
+
+
+def bench_decode(clock, add, longest):
+    """One token of one sequence, as a replayed graph."""
+    for keys in (64 * K, 128 * K, 512 * K, 1024 * K):
+        if keys > longest:
+            continue
+        q, k, v, q_idx, k_idx = tensors(1, keys)
+        cu = (bounds(1), bounds(keys))
+
+        def step():
+            chosen = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
+            return msa.sparse_attention(q, k, v, chosen, *cu, BLOCK)
+
+        sparse = clock.replay(step)
+        dense, which = sdpa(q, k, v, False, clock)
+        traffic = {"sparse": keys * D * 2 + TOPK * BLOCK * 2 * HKV * D * 2, "dense": keys * HKV * 2 * D * 2}
+        add("decode", {"queries": 1, "keys": keys}, {"sparse": sparse, "dense": dense}, {}, traffic, dense_backend=which,
+            speedup=dense / sparse)
+
+
+def bench_topk(clock, add, longest):
+    for rows, columns, topk in ((128 * K, 1024, 16), (128 * K, 1024, 32), (32 * K, 4096, 16), (16 * K, 8192, 16)):
+        scores = torch.randn(rows, columns, device="cuda")
+        ours = clock(lambda: msa.topk_blocks(scores, topk))
+        theirs = clock(lambda: torch.topk(scores, topk, sorted=False))
+        add("topk", {"rows": rows, "blocks": columns, "topk": topk}, {"topk": ours, "torch": theirs}, {},
+            {"topk": scores.nbytes + rows * topk * 4}, speedup=theirs / ours)
+
+
+def bench_sparse_forward(clock, add, longest):
+    for realistic in (False, True):
+        queries = keys = min(128 * K, longest)
+        q, k, v, _, _ = tensors(queries, keys)
+        cu = (bounds(queries), bounds(keys))
+        blocks = random_blocks(queries, keys, realistic)
+        seconds = clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, BLOCK))
+        pairs = (blocks >= 0).sum().item() / HKV * BLOCK - queries * BLOCK / 2  # half of the local block
+        add("sparse_forward", {"queries": queries, "keys": keys, "selection": "realistic" if realistic else "independent"},
+            {"attend": seconds}, {"attend": 4 * pairs * HQ * D})
+
+
+def bench_training(clock, add, longest):
+    for keys in (32 * K, 128 * K):
+        if keys > longest:
+            continue
+        q, k, v, q_idx, k_idx = tensors(keys, keys, requires_grad=True)
+        cu = (bounds(keys), bounds(keys))
+
+        def step():
+            chosen = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
+            out, _ = msa.sparse_attention(q, k, v, chosen, *cu, BLOCK)
+            kl = msa.index_kl(q_idx, k_idx, q.detach(), k.detach(), chosen, *cu, BLOCK)
+            torch.autograd.grad((out, kl), (q, k, v, q_idx, k_idx), (out.detach(), torch.ones_like(kl)))
+
+        sparse = clock(step, repeats=5)
+        dense, which = sdpa(q, k, v, True, clock, backward=True)
+        add("training", {"queries": keys, "keys": keys}, {"sparse": sparse, "dense": dense}, {}, dense_backend=which,
+            speedup=dense / sparse)
+
+
+PARTS = {
+    "topk": bench_topk,
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "sparse_forward": bench_sparse_forward,
+    "training": bench_training,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--seconds", type=float, default=100, help="start no part after this long")
+    parser.add_argument("--longest", type=int, default=1024 * K, help="longest context, in tokens")
+    parser.add_argument("--only", action="append", choices=PARTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or not msa.cuda_is_built():
+        print("gpu_bench: skipped: " + ("built without CUDA" if torch.cuda.is_available() else "no GPU on this machine"))
+        return 0
+    torch.manual_seed(0)
+    msa.check_device_data(False)
+    clock, start = Clock(), time.monotonic()
+    peak = peaks(clock)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    report = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "msa": msa.version(), "commit": commit,
+        "geometry": {"query_heads": HQ, "kv_heads": HKV, "head_dim": D, "block_size": BLOCK, "topk": TOPK, "dtype": "bfloat16"},
+        "peaks": peak, "rows": [], "left_out": [],
+    }
+    print(f"{report['device']}: {peak['bf16_flops'] / 1e12:.0f} TFLOP/s, copy {peak['copy_bytes'] / 1e12:.2f} TB/s", flush=True)
+
+    def save():
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1))
+
+    def add(part, shape, seconds, flops, traffic=None, **more):
+        row = {"part": part, **shape, "seconds": seconds, **more}
+        row["tflops"] = {name: value / seconds[name] / 1e12 for name, value in flops.items()}
+        row["of_bf16_peak"] = {name: value / seconds[name] / peak["bf16_flops"] for name, value in flops.items()}
+        row["of_copy_peak"] = {name: value / seconds[name] / peak["copy_bytes"] for name, value in (traffic or {}).items()}
+        report["rows"].append(row)
+        save()
+        text = " ".join(f"{name} {value * 1e3:.3f} ms" for name, value in seconds.items())
+        text += "".join(f", {name} {value:.0f} TFLOP/s" for name, value in row["tflops"].items())
+        text += "".join(f", {name} {value:.0%} of copy" for name, value in row["of_copy_peak"].items())
+        text += f", {more['speedup']:.1f}x" if "speedup" in more else ""
+        print(f"{part:<15} {' '.join(str(value) for value in shape.values()):<24} {text}", flush=True)
+
+    for name, part in PARTS.items():
+        if options.only and name not in options.only:
+            continue
+        if time.monotonic() - start > options.seconds:
+            report["left_out"].append({"part": name, "why": "out of time"})
+            continue
+        try:
+            part(clock, add, options.longest)
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            report["left_out"].append({"part": name, "why": str(error).split("\n")[0]})
+            print(f"{name}: left out: {report['left_out'][-1]['why']}", flush=True)
+        torch.cuda.empty_cache()
+    save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
