@@ -85,6 +85,7 @@ const std::vector<Pattern> kPatterns = {
     {"first piece low", [](Random& random, auto b, auto) { return b < 1024 ? -1e3 : normal(random); }},
     {"few above a tie", [](Random& random, auto, auto) { return random() % 32 == 0 ? 9 + normal(random) : -2.0; }},
     {"close scores", [](Random& random, auto, auto) { return 1 + 0x1p-23 * static_cast<double>(random() % 1024); }},
+    {"the next number at the end", [](Random&, auto b, auto blocks) { return b >= blocks - 5 ? 1 + 0x1p-23 : 1.0; }},
     {"both ends of the range",
      [](Random& random, auto, auto) { return std::ldexp(normal(random), static_cast<int>(random() % 240) - 120); }},
 };

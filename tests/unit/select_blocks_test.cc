@@ -12,6 +12,7 @@
 #include "src/core/layout.h"
 #include "src/reference/rows.h"
 #include "tests/unit/support/problem.h"
+#include "tests/unit/support/selection.h"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tolerance.h"
 
@@ -20,92 +21,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-using Ids = std::vector<int>;
-
-Ids row_of(const Tensor& blocks, std::int64_t group, std::int64_t row) {
-  Ids ids;
-  for (std::int64_t slot = 0; slot < blocks.size(2); ++slot)
-    ids.push_back(static_cast<int>(blocks.at(group, row, slot)));
-  return ids;
-}
-
-/// Rule 4 of SPEC section 2, and rules 3 and 1: ascending, packed to the left, the right count, forced blocks present.
-void expect_well_formed(const Problem& problem, const Tensor& blocks) {
-  for (std::int64_t group = 0; group < blocks.size(0); ++group) {
-    for (std::int64_t row = 0; row < problem.queries(); ++row) {
-      const Ids ids = row_of(blocks, group, row);
-      const std::int64_t visible = problem.position(row) / problem.geometry.block_size + 1;
-      const std::int64_t expected = std::min<std::int64_t>(visible, problem.geometry.topk);
-      for (std::int64_t slot = 0; slot < blocks.size(2); ++slot) {
-        const auto i = static_cast<std::size_t>(slot);
-        if (slot >= expected) {
-          ASSERT_EQ(ids[i], -1) << "group " << group << " row " << row << " slot " << slot;
-        } else {
-          ASSERT_GT(ids[i], slot == 0 ? -1 : ids[i - 1]) << "group " << group << " row " << row << " slot " << slot;
-          ASSERT_LT(ids[i], visible) << "group " << group << " row " << row << " slot " << slot;
-        }
-      }
-      const auto forced =
-          core::forced_blocks(visible, problem.geometry.topk, problem.local_blocks, problem.init_blocks);
-      for (std::int64_t b = 0; b < visible; ++b) {
-        if (forced.contains(b)) {
-          ASSERT_NE(std::find(ids.begin(), ids.end(), static_cast<int>(b)), ids.end())
-              << "forced block " << b << " of row " << row;
-        }
-      }
-    }
-  }
-  for (std::int64_t group = 0; group < blocks.size(0); ++group) {
-    for (std::int64_t row = problem.queries(); row < problem.rows(); ++row) {
-      for (const int id : row_of(blocks, group, row)) ASSERT_EQ(id, -1) << "padding row " << row;
-    }
-  }
-}
-
-/// No unselected block's exact score exceeds a selected, non-forced one's by more than the float32 rounding bounds of
-/// the two dot products: gamma_n * sum |q_i k_i| each, gamma_n = n u / (1 - n u), whatever the order of the sum.
-void expect_selection_within_rounding(const Problem& problem, const Tensor& blocks) {
-  const std::int64_t block_size = problem.geometry.block_size;
-  const double n = static_cast<double>(problem.geometry.index_dim);
-  const double gamma = n * 0x1p-24 / (1 - n * 0x1p-24);
-  const SelectBlocksParams params = problem.select_params();
-  const reference::Keys keys(params.k_idx, params.batch);
-  reference::for_each_query(params.batch, [&](const reference::Query& query) {
-    for (std::int64_t group = 0; group < blocks.size(0); ++group) {
-      const reference::Row q = reference::read_row(params.q_idx, query.row, group);
-      const std::int64_t visible = query.position / block_size + 1;
-      std::vector<double> score(static_cast<std::size_t>(visible), -kInfinity);
-      std::vector<double> bound(static_cast<std::size_t>(visible), 0.0);
-      for (std::int64_t j = 0; j <= query.position; ++j) {
-        const reference::Row k = keys.read(query.sequence, j);
-        double sum = 0;
-        double magnitude = 0;
-        for (std::size_t d = 0; d < k.size(); ++d) {
-          sum += q[d] * k[d];
-          magnitude += std::abs(q[d] * k[d]);
-        }
-        const auto b = static_cast<std::size_t>(j / block_size);
-        score[b] = std::max(score[b], sum);
-        bound[b] = std::max(bound[b], gamma * magnitude);
-      }
-      const auto forced =
-          core::forced_blocks(visible, problem.geometry.topk, problem.local_blocks, problem.init_blocks);
-      const Ids ids = row_of(blocks, group, query.row);
-      double least = kInfinity;  // what an unselected block may not exceed
-      for (const int id : ids) {
-        if (id < 0 || forced.contains(id)) continue;
-        const auto i = static_cast<std::size_t>(id);
-        least = std::min(least, score[i] + bound[i]);
-      }
-      for (std::int64_t b = 0; b < visible; ++b) {
-        if (std::find(ids.begin(), ids.end(), static_cast<int>(b)) != ids.end()) continue;
-        const auto i = static_cast<std::size_t>(b);
-        ASSERT_LE(score[i] - bound[i], least) << "row " << query.row << " group " << group << " left out block " << b;
-      }
-    }
-  });
-}
 
 /// A problem with one group whose token scores are given: index_dim 16, q_idx = (1, 0, ...), k_idx[j] = (scores[j], 0,
 /// ...). Only the last token queries.

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// See select_blocks.h.
+#include "src/cuda/select_blocks.h"
+
+#include <algorithm>
+
+namespace msa::cuda {
+namespace {
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t round_up_to(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+bool is_aligned(const ConstTensorView& view) {
+  constexpr std::int64_t kElements = 8;  // 16 bytes
+  bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+  for (int d = 0; d + 1 < view.rank; ++d) aligned = aligned && (view.size(d) <= 1 || view.stride(d) % kElements == 0);
+  return aligned;
+}
+
+}  // namespace
+
+SelectShape shape_of(const SelectBlocksParams& params) {
+  SelectShape shape;
+  shape.query_rows = params.q_idx.size(0);
+  shape.groups = params.q_idx.size(1);
+  shape.sequences = params.batch.sequences();
+  shape.max_keys = params.batch.is_paged ? params.batch.max_pages * params.k_idx.size(1) : params.k_idx.size(0);
+  shape.block_size = params.block_size;
+  return shape;
+}
+
+bool takes_select(const SelectBlocksParams& params) {
+  const DType dtype = params.q_idx.dtype;
+  const std::int64_t index_dim = params.q_idx.size(2);
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && (index_dim == 64 || index_dim == 128) &&
+         (params.block_size == 64 || params.block_size == 128) && is_aligned(params.q_idx) && is_aligned(params.k_idx);
+}
+
+SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule) {
+  SelectPlan plan;
+  const std::int64_t rows = shape.query_rows * shape.groups;
+  const std::int64_t sequences = std::max<std::int64_t>(shape.sequences, 1);
+  plan.schedule = schedule;
+  if (schedule == SelectSchedule::kAuto) {
+    // A tile of many rows is worth it when it is full; of tiles of few rows, two read the same keys then.
+    plan.schedule = rows / sequences >= kSelectManyRows ? SelectSchedule::kManyRows : SelectSchedule::kFewRows;
+  }
+  const bool many = plan.schedule == SelectSchedule::kManyRows;
+  plan.tile_rows = many ? kSelectManyRows : kSelectFewRows;
+  plan.most_key_tiles = divide_up(shape.max_keys, kSelectTileKeys);
+  if (many) {
+    plan.span_tiles = kSelectManySpan;
+  } else {  // four items a multiprocessor, if all sequences together have max_keys (packed), more if each has them
+    plan.span_tiles = std::clamp(round_up_to(divide_up(plan.most_key_tiles, 4 * kSelectProcessors), kSelectSpanMultiple),
+                                 kSelectSpanMultiple, kSelectFewSpan);
+  }
+  plan.maxima_stride = round_up_to(plan.most_key_tiles * kSelectTileKeys / shape.block_size, 8);
+
+  // Chunks of whole tiles, whatever the groups: a multiple of 256 queries.
+  const std::int64_t row_bytes = plan.maxima_stride * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t query_bytes = std::max<std::int64_t>(row_bytes * shape.groups, 1);
+  plan.chunk_queries =
+      std::min(std::max<std::int64_t>(kSelectMaximaBytes / query_bytes / 256, 1) * 256, shape.query_rows);
+  plan.chunks = plan.chunk_queries == 0 ? 0 : divide_up(shape.query_rows, plan.chunk_queries);
+
+  const std::int64_t chunk_rows = plan.chunk_queries * shape.groups;
+  plan.most_tiles = chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, plan.chunk_queries);
+  plan.most_items = plan.most_tiles * divide_up(plan.most_key_tiles, plan.span_tiles);
+
+  std::size_t at = 0;
+  const auto place = [&at](std::int64_t bytes) {
+    const std::size_t start = at;
+    at += static_cast<std::size_t>(round_up_to(bytes, 256));
+    return start;
+  };
+  place(256);  // counts
+  plan.sequence_tiles = place((shape.sequences + 1) * 4);
+  plan.tiles = place(plan.most_tiles * 16);
+  plan.items = place(plan.most_items * 8);
+  plan.maxima = place(chunk_rows * row_bytes);
+  plan.bytes = at;
+  return plan;
+}
+
+}  // namespace msa::cuda

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch of select_blocks. See select_blocks.cuh.
+#include "src/cuda/select_blocks.cuh"
+
+namespace msa::cuda {
+namespace {
+
+/// Index keys as [pages, page, index_dim], packed ones as one page; a copy takes half a row of 128 elements of 64 or 128
+/// tokens.
+TensorMap map_keys(const SelectBlocksParams& params) {
+  const ConstTensorView& k = params.k_idx;
+  const int token_dim = k.rank - 2;
+  const bool is_paged = params.batch.is_paged;
+  TensorMapSpec spec;
+  spec.data = k.data;
+  spec.element_bytes = 2;
+  spec.rank = 3;
+  spec.extents[0] = static_cast<std::uint64_t>(k.size(token_dim + 1));
+  spec.extents[1] = static_cast<std::uint64_t>(k.size(token_dim));
+  spec.extents[2] = is_paged ? static_cast<std::uint64_t>(k.size(0)) : 1;
+  // A dimension of one has no stride of its own; the driver wants one all the same.
+  const auto row_bytes = static_cast<std::uint64_t>(k.size(token_dim + 1)) * 2;
+  spec.strides[1] = k.size(token_dim) > 1 ? static_cast<std::uint64_t>(k.stride(token_dim)) * 2 : row_bytes;
+  spec.strides[2] =
+      is_paged && k.size(0) > 1 ? static_cast<std::uint64_t>(k.stride(0)) * 2 : spec.strides[1] * spec.extents[1];
+  spec.box[0] = 64;
+  spec.box[1] = is_paged && k.size(1) % kSelectTileKeys != 0 ? 64 : static_cast<std::uint32_t>(kSelectTileKeys);
+  spec.box[2] = 1;
+  spec.swizzle = Swizzle::k128;
+  return make_tensor_map(spec);
+}
+
+template <class Element, int kDim, int kBlock, int kWarpgroups, int kSlabs>
+void launch_scores(const SelectArgs& args, const Strided<const Element>& q_idx, const TensorMap& keys, unsigned grid,
+                   void* stream) {
+  using Shape = ScoreKernel<Element, kDim, kBlock, kWarpgroups, kSlabs>;
+  launch_dependent(dim3(grid), dim3(Shape::kThreads), Shape::kSharedBytes, stream,
+                   score_blocks_kernel<Element, kDim, kBlock, kWarpgroups, kSlabs>, args, q_idx, keys);
+}
+
+template <class Element, int kDim, int kBlock>
+void launch_schedule(const SelectPlan& plan, const SelectArgs& args, const SelectBlocksParams& params,
+                     const TensorMap& keys, unsigned grid, void* stream) {
+  const Strided<const Element> q_idx = strided<Element>(params.q_idx);
+  if (plan.schedule == SelectSchedule::kManyRows) {
+    launch_scores<Element, kDim, kBlock, 2, 2>(args, q_idx, keys, grid, stream);
+  } else {
+    launch_scores<Element, kDim, kBlock, 1, 1>(args, q_idx, keys, grid, stream);
+  }
+}
+
+template <class Element>
+void launch_geometry(const SelectPlan& plan, const SelectArgs& args, const SelectBlocksParams& params,
+                     const TensorMap& keys, unsigned grid, void* stream) {
+  const auto run = params.q_idx.size(2) == 128
+                       ? (params.block_size == 128 ? launch_schedule<Element, 128, 128> : launch_schedule<Element, 128, 64>)
+                       : (params.block_size == 128 ? launch_schedule<Element, 64, 128> : launch_schedule<Element, 64, 64>);
+  run(plan, args, params, keys, grid, stream);
+}
+
+}  // namespace
+
+void launch_select(const SelectPlan& plan, const SelectBlocksParams& params, const TensorView& blocks, void* workspace,
+                   std::int64_t multiprocessors, void* stream) {
+  if (plan.chunks == 0) return;
+  auto* const base = static_cast<std::byte*>(workspace);
+  SelectArgs args;
+  args.batch = view_of(params.batch);
+  args.groups = static_cast<std::int32_t>(params.q_idx.size(1));
+  args.block_size = static_cast<std::int32_t>(params.block_size);
+  args.topk = static_cast<std::int32_t>(params.topk);
+  args.local_blocks = static_cast<std::int32_t>(min_of(params.local_blocks, params.topk));
+  args.init_blocks = static_cast<std::int32_t>(min_of(params.init_blocks, params.topk));
+  args.tile_rows = static_cast<std::int32_t>(plan.tile_rows);
+  args.span_tiles = static_cast<std::int32_t>(plan.span_tiles);
+  args.most_tiles = static_cast<std::int32_t>(plan.most_tiles);
+  args.most_key_tiles = static_cast<std::int32_t>(plan.most_key_tiles);
+  args.most_items = static_cast<std::int32_t>(plan.most_items);
+  args.page = params.batch.is_paged ? static_cast<std::int32_t>(params.k_idx.size(1)) : 0;
+  args.pages = params.batch.is_paged ? static_cast<std::int32_t>(params.k_idx.size(0)) : 0;
+  args.item_count = reinterpret_cast<std::int32_t*>(base);
+  args.sequence_tiles = reinterpret_cast<std::int32_t*>(base + plan.sequence_tiles);
+  args.tiles = reinterpret_cast<SelectTile*>(base + plan.tiles);
+  args.items = reinterpret_cast<SelectItem*>(base + plan.items);
+  args.maxima = reinterpret_cast<float*>(base + plan.maxima);
+  args.maxima_stride = plan.maxima_stride;
+
+  // Keys that nobody can choose from need no scores: no keys at all, or no more blocks than are taken anyhow.
+  const bool has_scores = params.k_idx.elements() > 0 && plan.most_items > 0;
+  const TensorMap keys = has_scores ? map_keys(params) : TensorMap{};
+  const Strided<std::int32_t> out = strided<std::int32_t>(blocks);
+  for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    args.first_query = static_cast<std::int32_t>(chunk * plan.chunk_queries);
+    args.queries =
+        static_cast<std::int32_t>(min_of(plan.chunk_queries, params.q_idx.size(0) - chunk * plan.chunk_queries));
+    if (has_scores) {
+      launch(dim3(1), dim3(kListThreads), 0, stream, list_items_kernel<kListThreads>, args);
+      const auto grid = static_cast<unsigned>(min_of(multiprocessors, plan.most_items));
+      if (params.q_idx.dtype == DType::kBFloat16) {
+        launch_geometry<BFloat16>(plan, args, params, keys, grid, stream);
+      } else {
+        launch_geometry<Float16>(plan, args, params, keys, grid, stream);
+      }
+    }
+    const TopkPlan ranking = plan_topk(std::int64_t{args.queries} * args.groups, plan.maxima_stride, multiprocessors);
+    const auto select = ranking.vectors == kTopkNarrowVectors ? select_rows_kernel<kTopkNarrowVectors>
+                                                              : select_rows_kernel<kTopkWideVectors>;
+    launch_dependent(dim3(static_cast<unsigned>(ranking.thread_blocks)), dim3(kTopkWarps * kWarpSize), 0, stream, select,
+                     args, out);
+  }
+}
+
+}  // namespace msa::cuda
