@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(kThreads) list_items_kernel(const SelectArgs a
   }
   __syncthreads();
 
-  const std::int64_t pairs = std::int64_t{most_spans} * tiles;
-  for (std::int64_t pair = thread; pair < pairs; pair += threads) {
-    const auto span = static_cast<std::int32_t>(pair / tiles);
-    const auto t = static_cast<std::int32_t>(pair % tiles);
+  const std::int32_t pairs = most_spans * tiles;  // most_items, which the plan keeps small, or fewer
+  for (std::int32_t pair = thread; pair < pairs; pair += threads) {
+    const std::int32_t span = pair / tiles;
+    const std::int32_t t = pair % tiles;
     if (span * args.span_tiles >= args.tiles[t].key_tiles) continue;
     const std::int32_t place = atomicAdd(&items, 1);
     if (place < args.most_items) args.items[place] = {t, span};
@@ -308,18 +308,30 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
 
     ptx::named_sync(barrier, 128);  // all products of the last item are done
     constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
-    for (int c = thread % 128; c < kSlabs * 64 * kChunks; c += 128) {
-      const int row = c / kChunks;
-      const int chunk = c % kChunks;
-      uint4 data = {0, 0, 0, 0};
-      if (first_row + row < tile.rows) {
-        const std::int32_t r = tile.first_row + first_row + row;
-        data = *reinterpret_cast<const uint4*>(q_idx.at(args.first_query + r / args.groups, r % args.groups, chunk * 8));
+    constexpr int kRowStep = 128 / kChunks;
+    constexpr int kLoads = min_of(8, kSlabs * 64 / kRowStep);  // before the first store: one latency for all of them
+    const int chunk = thread % 128 % kChunks;
+#pragma unroll 1
+    for (int row = thread % 128 / kChunks; row < kSlabs * 64; row += kLoads * kRowStep) {
+      uint4 data[kLoads];
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        const int row_of_load = row + load * kRowStep;
+        data[load] = {0, 0, 0, 0};
+        if (first_row + row_of_load < tile.rows) {
+          const std::int32_t r = tile.first_row + first_row + row_of_load;
+          data[load] =
+              *reinterpret_cast<const uint4*>(q_idx.at(args.first_query + r / args.groups, r % args.groups, chunk * 8));
+        }
       }
-      const int slab_half = row / 64 * Shape::kHalves + chunk / 8;
-      const std::uint32_t offset = swizzled(static_cast<std::uint32_t>(row % 64 * 128 + chunk % 8 * 16), Swizzle::k128);
-      *reinterpret_cast<uint4*>(own_queries + static_cast<std::uint32_t>(slab_half) * Shape::kSlabHalfBytes + offset) =
-          data;
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        const int row_of_load = row + load * kRowStep;
+        const int slab_half = row_of_load / 64 * Shape::kHalves + chunk / 8;
+        const auto offset = static_cast<std::uint32_t>(row_of_load % 64 * 128 + chunk % 8 * 16);
+        *reinterpret_cast<uint4*>(own_queries + static_cast<std::uint32_t>(slab_half) * Shape::kSlabHalfBytes +
+                                  swizzled(offset, Swizzle::k128)) = data[load];
+      }
     }
     ptx::fence_proxy_async();
     ptx::named_sync(barrier, 128);
