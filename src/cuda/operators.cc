@@ -9,14 +9,22 @@
 #include "src/cuda/generic/index_kl.h"
 #include "src/cuda/generic/select_blocks.h"
 #include "src/cuda/runtime.h"
+#include "src/cuda/select_blocks.h"
 #include "src/cuda/topk_blocks.h"
 
 namespace msa::cuda {
 
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
-  generic::select_blocks(context.stream, params, blocks);
+  if (takes_select(params)) {
+    launch_select(plan_select(shape_of(params)), params, blocks, context.workspace, multiprocessor_count(),
+                  context.stream);
+  } else {
+    generic::select_blocks(context.stream, params, blocks);
+  }
 }
-std::size_t select_blocks_workspace(const SelectBlocksParams&) { return 0; }
+std::size_t select_blocks_workspace(const SelectBlocksParams& params) {
+  return takes_select(params) ? plan_select(shape_of(params)).bytes : 0;
+}
 
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks) {
   generic::select_blocks_oracle(context.stream, context.workspace, params, blocks);
