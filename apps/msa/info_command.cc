@@ -22,6 +22,19 @@ struct InfoOptions {
                topk = 16;
 };
 
+// docs/cuda.md has the whole table.
+constexpr const char* kCudaFastPath =
+    "fast path: bfloat16 or float16, head dim = value dim and index dim 64 or 128, block size 64 or 128; others run on "
+    "plain kernels";
+
+/// One line.
+std::string describe(const CudaInfo& cuda) {
+  if (!cuda.built) return "not in this build (configure with -DMSA_CUDA=ON; docs/cuda.md)";
+  if (!cuda.usable) return "built, not usable: " + cuda.why_not;
+  return fmt::format("{}, {} multiprocessors, {:.0f} GiB", cuda.device, cuda.multiprocessors,
+                     static_cast<double>(cuda.memory_bytes) / (1 << 30));
+}
+
 void check_multiple(const char* name, std::int64_t value) {
   if (value < kHeadDimMultiple || value > kMaxHeadDim || value % kHeadDimMultiple != 0) {
     throw Error(fmt::format("--{}: {} must be a multiple of {} from {} to {}", name, value, kHeadDimMultiple,
@@ -55,7 +68,20 @@ void print_info(InfoOptions o) {
   info["backends"]["cpu"] = {
       {"available", true}, {"instruction_sets", supported_instruction_sets()}, {"active_instruction_set", active}};
   info["backends"]["reference"] = {{"available", true}, {"arithmetic", "scalar float64"}};
-  info["backends"]["cuda"] = {{"available", false}, {"why", "built without CUDA"}};
+  const CudaInfo cuda = cuda_info();
+  info["backends"]["cuda"] = {{"built", cuda.built}, {"available", cuda.usable}};
+  if (!cuda.usable) info["backends"]["cuda"]["why"] = cuda.why_not;
+  if (!cuda.device.empty()) {
+    info["backends"]["cuda"]["device"] = {{"name", cuda.device},
+                                          {"compute_capability", cuda.compute_capability / 10.0},
+                                          {"multiprocessors", cuda.multiprocessors},
+                                          {"memory_bytes", cuda.memory_bytes}};
+  }
+  if (cuda.built) {
+    info["backends"]["cuda"]["runtime"] = cuda.runtime_version;
+    info["backends"]["cuda"]["driver"] = cuda.driver_version;
+    info["backends"]["cuda"]["fast_path"] = kCudaFastPath;
+  }
   info["threads"] = std::thread::hardware_concurrency();
   info["dtypes"] = {"float32", "bfloat16", "float16"};
   info["cache_dtypes"] = {"float32", "bfloat16", "float16", "float8_e4m3"};
@@ -103,7 +129,8 @@ void print_info(InfoOptions o) {
   fmt::print("msa {}\n\n", version());
   fmt::print("  backend cpu        instruction set {} (of {}; override: MSA_ISA)\n", active, sets);
   fmt::print("  backend reference  scalar float64, the executable specification\n");
-  fmt::print("  backend cuda       not in this build\n");
+  fmt::print("  backend cuda       {}\n", describe(cuda));
+  if (cuda.built) fmt::print("                     {}\n", kCudaFastPath);
   fmt::print("  threads            {}\n", std::thread::hardware_concurrency());
   fmt::print(
       "  storage types      float32, bfloat16, float16, keys and values also float8_e4m3; float32 accumulation\n");
