@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -170,6 +171,7 @@ void launch_dependent(dim3 grid, dim3 block, std::size_t shared_bytes, void* str
                       Args&&... args) {
   launch(grid, block, shared_bytes, stream, kernel, args...);
 }
+inline void clear_memory(void* /*stream*/, void* device, std::size_t bytes) { std::memset(device, 0, bytes); }
 
 #else
 
@@ -179,6 +181,11 @@ inline void check_cuda(cudaError_t status, const char* what) {
   text += ": CUDA says: ";
   text += cudaGetErrorString(status);
   throw Error(text);
+}
+
+/// Zeroes device memory, in stream order.
+inline void clear_memory(void* stream, void* device, std::size_t bytes) {
+  check_cuda(cudaMemsetAsync(device, 0, bytes, static_cast<cudaStream_t>(stream)), "clear_memory");
 }
 
 template <class... Params, class... Args>

@@ -10,6 +10,7 @@
 #include "src/cuda/generic/select_blocks.h"
 #include "src/cuda/runtime.h"
 #include "src/cuda/select_blocks.h"
+#include "src/cuda/sparse_attention.h"
 #include "src/cuda/topk_blocks.h"
 
 namespace msa::cuda {
@@ -44,9 +45,17 @@ std::size_t topk_blocks_workspace(const TopkBlocksParams&) { return 0; }
 
 void sparse_attention(const Context& context, const SparseAttentionParams& params, const TensorView& out,
                       const TensorView& lse) {
-  generic::attention(context.stream, params, out, lse);
+  if (is_fast_geometry(params) && has_fast_layout(params)) {
+    // As many queries at once as the workspace at hand lets; their number changes no bit.
+    const SparseAttentionPlan plan = plan_sparse_attention(params, context.workspace_bytes);
+    run_sparse_attention(context, params, plan, out, lse);
+  } else {
+    generic::attention(context.stream, params, out, lse);
+  }
 }
-std::size_t sparse_attention_workspace(const SparseAttentionParams&) { return 0; }
+std::size_t sparse_attention_workspace(const SparseAttentionParams& params) {
+  return is_fast_geometry(params) && has_fast_layout(params) ? plan_sparse_attention(params, 0).bytes : 0;
+}
 
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
                                const AttentionGrads& grads) {

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Merges what a query's blocks gave, each a normalised output and the log2 of its sum of exponentials, in ascending
+// order of the slots: out = sum_i w_i O_i / sum_i w_i, w_i = 2^(lse_i - max). One warp a (query, head). Slots that hold
+// no block of the query are never read. Tested in tests/cuda/sparse_attention_test.cc.
+#pragma once
+
+#include <cstdint>
+
+#include "src/cuda/ptx.cuh"
+#include "src/cuda/reverse_index.cuh"
+
+namespace msa::cuda {
+
+template <class T>
+struct CombineArguments {
+  BatchView batch;
+  Strided<const std::int32_t> blocks;
+  const T* partial;   ///< [queries, kv_heads, topk, group_size, D] of this chunk
+  const float* lse2;  ///< the same without D: log2 of the sum of exponentials
+  Strided<T> out;
+  Strided<float> lse;
+  std::int32_t first_query, queries;
+  std::int32_t kv_heads, group_size, topk, block_size;
+  bool out_is_aligned;  ///< to 8 bytes, every row
+};
+
+inline constexpr unsigned kCombineWarps = 8;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+template <class T, int D>
+__global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(CombineArguments<T> a) {
+  constexpr int kColumns = D / kWarpSize;  // a lane: 2 or 4
+  const unsigned lane = threadIdx.x % kWarpSize;
+  const std::int32_t query_heads = a.kv_heads * a.group_size;
+  const std::int64_t row = std::int64_t{blockIdx.x} * kCombineWarps + threadIdx.x / kWarpSize;
+  if (row >= std::int64_t{a.queries} * query_heads) return;
+  const std::int32_t local = static_cast<std::int32_t>(row / query_heads);
+  const std::int32_t head = static_cast<std::int32_t>(row % query_heads);
+  const std::int32_t kv_head = head / a.group_size, member = head % a.group_size;
+  const std::int32_t query = a.first_query + local;
+  const std::int64_t first = (std::int64_t{local} * a.kv_heads + kv_head) * a.topk * a.group_size + member;
+  const QueryPlace place = a.batch.place(query);
+  // Batch and selection were there before the kernel this one may overlap with; its partial results were not.
+  std::uint64_t valid = 0;
+  for (std::int32_t base = 0; base < a.topk; base += kWarpSize) {
+    const std::int32_t slot = base + static_cast<std::int32_t>(lane);
+    const bool is_visit = place.sequence >= 0 && slot < a.topk &&
+                          visible_tokens(*a.blocks.at(kv_head, query, slot), place.position, a.block_size) > 0;
+    valid |= static_cast<std::uint64_t>(__ballot_sync(kFullMask, is_visit)) << base;
+  }
+  ptx::griddepcontrol_wait();
+
+  float top = -infinity();
+  for (std::int32_t slot = static_cast<std::int32_t>(lane); slot < a.topk; slot += kWarpSize) {
+    if (valid >> slot & 1) top = fmaxf(top, a.lse2[first + std::int64_t{slot} * a.group_size]);
+  }
+  top = warp_max(top);
+
+  float sums[kColumns] = {};
+  float total = 0;
+  for (std::int32_t slot = 0; slot < a.topk; ++slot) {
+    if ((valid >> slot & 1) == 0) continue;
+    const std::int64_t at = first + std::int64_t{slot} * a.group_size;
+    const float lse2 = a.lse2[at];
+    // A block whose scores are all -inf weighs nothing, also when there are only such; NaN stays NaN.
+    const float weight = lse2 == -infinity() ? 0.0f : ptx::exp2_fast(lse2 - top);
+    total += weight;
+    const T* values = a.partial + at * D + lane * kColumns;
+    std::uint32_t words[kColumns / 2];
+    if constexpr (kColumns == 4) {
+      const uint2 both = *reinterpret_cast<const uint2*>(values);
+      words[0] = both.x;
+      words[1] = both.y;
+    } else {
+      words[0] = *reinterpret_cast<const std::uint32_t*>(values);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const T value{static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2)))};
+      sums[i] += weight * to_float(value);
+    }
+  }
+  // With no block at all, or nothing but scores of -inf, the row is 0.
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  T* out = a.out.at(query, head) + lane * kColumns;
+  if (a.out_is_aligned) {
+    if constexpr (kColumns == 4) {
+      *reinterpret_cast<uint2*>(out) = make_uint2(pack_two<T>(sums[0] * inverse, sums[1] * inverse),
+                                                  pack_two<T>(sums[2] * inverse, sums[3] * inverse));
+    } else {
+      *reinterpret_cast<std::uint32_t*>(out) = pack_two<T>(sums[0] * inverse, sums[1] * inverse);
+    }
+  } else {
+    for (int i = 0; i < kColumns; ++i) out[i] = from_float<T>(sums[i] * inverse);
+  }
+  if (lane == 0) *a.lse.at(query, head) = total == 0.0f ? -infinity() : (top + log2f(total)) * kLn2;
+}
+
+}  // namespace msa::cuda

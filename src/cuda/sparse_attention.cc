@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// See sparse_attention.h.
+#include "src/cuda/sparse_attention.h"
+
+#include <algorithm>
+#include <string>
+
+#include "msa/error.h"
+
+namespace msa::cuda {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32;  // Visit and WorkItem of reverse_index.cuh
+
+std::size_t take(std::size_t& end, std::int64_t bytes) {
+  const std::size_t at = end;
+  end += (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+  return at;
+}
+
+SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t queries) {
+  const std::int64_t kv_heads = params.k.size(params.k.rank - 2);
+  const std::int64_t query_heads = params.q.size(1);
+  const std::int64_t group = query_heads / kv_heads;
+  const std::int64_t topk = params.blocks.size(2);
+  const std::int64_t value_dim = params.v.size(params.v.rank - 1);
+  const Batch& batch = params.batch;
+
+  SparseAttentionPlan plan;
+  plan.queries_at_once = queries;
+  plan.positions_per_tile = kTileRows / group;
+  plan.blocks_bound = batch.is_paged ? batch.sequences() * (batch.max_pages * (params.k.size(1) / params.block_size))
+                                     : params.k.size(0) / params.block_size + batch.sequences();
+  const std::int64_t visits = kv_heads * queries * topk;
+  const std::int64_t bins = kv_heads * plan.blocks_bound;
+  // With less than one visit a block on average, sorting finds next to no queries to share a block's keys.
+  plan.is_direct = visits < bins || visits <= 4096;
+  plan.bins = plan.is_direct ? 0 : bins;
+  plan.max_items =
+      plan.is_direct ? visits : std::min(visits, bins + visits / (plan.positions_per_tile * kTilesPerItem));
+
+  std::size_t end = 0;
+  plan.totals = take(end, 8);
+  plan.counts = take(end, plan.bins * 4);
+  plan.partial_flags = take(end, plan.bins * 4);
+  plan.zero_end = end;
+  plan.visits = take(end, visits * kVisitBytes);
+  plan.items = take(end, plan.max_items * kItemBytes);
+  plan.lse = take(end, queries * query_heads * topk * 4);
+  plan.partial = take(end, queries * query_heads * topk * value_dim * 2);
+  plan.bytes = end;
+  return plan;
+}
+
+bool is_copyable(const ConstTensorView& view) {
+  // Pointers are null while only the workspace is asked for.
+  if (reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) return false;
+  for (int d = 0; d + 1 < view.rank; ++d) {
+    if (view.stride(d) * 2 % 16 != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool is_fast_geometry(const SparseAttentionParams& params) {
+  const DType dtype = params.q.dtype;
+  const std::int64_t head_dim = params.q.size(2);
+  const std::int64_t group = params.q.size(1) / params.k.size(params.k.rank - 2);
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && params.k.dtype == dtype &&
+         params.v.dtype == dtype && (head_dim == 64 || head_dim == 128) &&
+         params.v.size(params.v.rank - 1) == head_dim && (params.block_size == 64 || params.block_size == 128) &&
+         group <= kMaxGroupSize;
+}
+
+bool has_fast_layout(const SparseAttentionParams& params) {
+  return is_copyable(params.q) && is_copyable(params.k) && is_copyable(params.v);
+}
+
+SparseAttentionPlan plan_sparse_attention(const SparseAttentionParams& params, std::size_t limit) {
+  if (limit == 0) limit = kDefaultWorkspace;
+  const std::int64_t queries = std::max<std::int64_t>(1, params.q.size(0));
+  SparseAttentionPlan plan = lay_out(params, queries);
+  if (plan.bytes <= limit) return plan;
+  // The largest number that fits: bytes grow with the queries, but for the step where sorting begins, so look below it.
+  std::int64_t low = 0, high = queries;  // low fits (0 as a formality), high does not
+  while (high - low > 1) {
+    const std::int64_t middle = low + (high - low) / 2;
+    (lay_out(params, middle).bytes <= limit ? low : high) = middle;
+  }
+  plan = lay_out(params, std::max<std::int64_t>(1, low));
+  if (plan.bytes > limit) {
+    std::string text = "sparse_attention: workspace_limit: one query takes ";
+    text += std::to_string(plan.bytes);
+    text += " bytes, the limit is ";
+    text += std::to_string(limit);
+    throw Error(text);
+  }
+  return plan;
+}
+
+}  // namespace msa::cuda

@@ -1,0 +1,531 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of the queries that visit a block, block by block: a persistent kernel over the work items of
+// reverse_index.cuh. One warp feeds: it takes an item, has the copy engine bring the block's K and V, and gathers tiles
+// of 128 query rows, one copy a query position. Two warpgroups of 64 rows each compute S = Q K^T, the softmax within
+// the block and O = P V, and write O and its log-sum to the slot that the selection assigned to (query, block). No
+// atomics but the item counter; a row's bits depend on its query and its block alone. docs/cuda-sparse-attention.md has
+// the picture. Tested in tests/cuda/sparse_attention_test.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "msa/context.h"
+#include "src/cuda/attention_combine.cuh"
+#include "src/cuda/ptx.cuh"
+#include "src/cuda/reverse_index.cuh"
+#include "src/cuda/sparse_attention.h"
+
+namespace msa::cuda {
+
+inline constexpr unsigned kAttendThreads = 384;  // a warpgroup that feeds (one warp of it), two that compute
+inline constexpr std::uint32_t kConsumerWarps = 8;
+inline constexpr std::uint32_t kConsumerThreads = 256;
+
+template <class T>
+struct AttendArguments {
+  const Visit* visits;
+  const WorkItem* items;
+  WorkTotals* totals;
+  T* partial;   ///< [queries, kv_heads, topk, group_size, D] of this chunk, every row normalised
+  float* lse2;  ///< the same without D: log2 of the sum of exponentials
+  std::int32_t first_query;
+  std::int32_t kv_heads, group_size, topk;
+  std::int32_t positions;  ///< query positions a tile: kTileRows / group_size
+  float scale_log2;        ///< scale * log2(e)
+};
+
+/// Where things lie in shared memory, in bytes. Tiles are columns of 128 bytes (64 elements), swizzled: [column][row].
+template <int D, int kBlock>
+struct AttendMemory {
+  static constexpr std::uint32_t kColumns = D / 64;
+  static constexpr std::uint32_t kKeyColumn = kBlock * 128;  ///< bytes of one column of K or V
+  static constexpr std::uint32_t kKeyTile = kColumns * kKeyColumn;
+  static constexpr std::uint32_t kQueryColumn = kTileRows * 128;
+  static constexpr std::uint32_t kQueryTile = kColumns * kQueryColumn;
+  /// A warp's 16 rows of a column on their way out. A row of 128 + 16 bytes starts four banks further than the last, so
+  /// that eight rows by four lanes touch 32 banks.
+  static constexpr std::uint32_t kStagingRow = 144;
+  static constexpr std::uint32_t kStaging = 16 * kStagingRow;
+
+  static constexpr std::uint32_t kKeys = 0;                                        ///< two stages of K, then V
+  static constexpr std::uint32_t kQueries = kKeys + 2 * 2 * kKeyTile;              ///< two stages
+  static constexpr std::uint32_t kStagings = kQueries + 2 * kQueryTile;            ///< one a consumer warp
+  static constexpr std::uint32_t kVisits = kStagings + kConsumerWarps * kStaging;  ///< two stages of a tile's visits
+  static constexpr std::uint32_t kItems = kVisits + 2 * kTileRows * sizeof(Visit);
+  static constexpr std::uint32_t kFirstNonFinite = kItems + 2 * sizeof(WorkItem);  ///< [D] keys, then a flag
+  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + (D + 1) * 4, 8);
+  static constexpr std::uint32_t kBytes = kBarriers + 8 * 8;
+};
+static_assert(AttendMemory<128, 128>::kBytes <= 227 * 1024, "what a block may have on this chip");
+
+/// The kernel's barriers, two stages each.
+struct AttendBarriers {
+  std::uint64_t* keys_full;      ///< an arrival by the feeder, and the bytes
+  std::uint64_t* keys_empty;     ///< an arrival a consumer warp
+  std::uint64_t* queries_full;   ///< an arrival a lane of the feeder, and the bytes
+  std::uint64_t* queries_empty;  ///< an arrival a consumer warp
+  __device__ explicit AttendBarriers(std::byte* at)
+      : keys_full(reinterpret_cast<std::uint64_t*>(at)),
+        keys_empty(keys_full + 2),
+        queries_full(keys_full + 4),
+        queries_empty(keys_full + 6) {}
+};
+
+/// Feeds items until there are none, then an item of count -1.
+template <class T, int D, int kBlock>
+__device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const TensorMap& k_map,
+                     const TensorMap& v_map, std::byte* memory, const AttendBarriers& barriers) {
+  using Memory = AttendMemory<D, kBlock>;
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
+  const std::int32_t total = a.totals->items;
+  const std::uint32_t copy_bytes = static_cast<std::uint32_t>(a.group_size) * 128;  // a column of a position's rows
+  std::uint32_t tile = 0;
+  for (std::uint32_t number = 0;; ++number) {
+    std::int32_t index = lane == 0 ? atomicAdd(&a.totals->next, 1) : 0;
+    index = __shfl_sync(kFullMask, index, 0);
+    WorkItem item{};
+    item.count = -1;
+    if (index < total) {
+      item = a.items[index];
+      if (item.count == 0) {
+        --number;  // the stage stays free
+        continue;
+      }
+    }
+    const std::uint32_t stage = number % 2;
+    ptx::wait(barriers.keys_empty + stage, (number / 2 & 1) ^ 1);
+    if (lane == 0) {
+      reinterpret_cast<WorkItem*>(memory + Memory::kItems)[stage] = item;
+      if (item.count < 0) {
+        ptx::arrive(barriers.keys_full + stage);
+      } else {
+        ptx::arrive_expect_bytes(barriers.keys_full + stage, 2 * Memory::kKeyTile);
+        std::byte* k = memory + Memory::kKeys + stage * 2 * Memory::kKeyTile;
+        std::byte* v = k + Memory::kKeyTile;
+        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+          const std::int32_t at = static_cast<std::int32_t>(column * 64);
+          ptx::tensor_load(k + column * Memory::kKeyColumn, k_map, barriers.keys_full + stage, at, item.kv_head,
+                           item.row, item.page);
+        }
+        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+          const std::int32_t at = static_cast<std::int32_t>(column * 64);
+          ptx::tensor_load(v + column * Memory::kKeyColumn, v_map, barriers.keys_full + stage, at, item.kv_head,
+                           item.row, item.page);
+        }
+      }
+    }
+    if (item.count < 0) return;
+
+    for (std::int32_t done = 0; done < item.count; done += a.positions, ++tile) {
+      const std::uint32_t at = tile % 2;
+      std::byte* rows = memory + Memory::kQueries + at * Memory::kQueryTile;
+      auto* visits = reinterpret_cast<Visit*>(memory + Memory::kVisits) + at * kTileRows;
+      std::uint64_t* full = barriers.queries_full + at;
+      const std::int32_t positions = min_of(a.positions, item.count - done);
+      ptx::wait(barriers.queries_empty + at, (tile / 2 & 1) ^ 1);
+      const std::int32_t mine = lane < positions ? ceil_div(positions - lane, kWarpSize) : 0;
+      std::int32_t queries[kTileRows / kWarpSize];
+#pragma unroll
+      for (std::int32_t i = 0; i < static_cast<std::int32_t>(kTileRows / kWarpSize); ++i) {
+        if (i >= mine) continue;
+        const std::int32_t position = lane + i * kWarpSize;
+        const Visit visit = a.visits[item.first + done + position];
+        visits[position] = visit;
+        queries[i] = visit.query;
+      }
+      // The arrival makes the visits above visible to those who wait for the tile.
+      ptx::arrive_expect_bytes(full, static_cast<std::uint32_t>(mine) * Memory::kColumns * copy_bytes);
+#pragma unroll
+      for (std::int32_t i = 0; i < static_cast<std::int32_t>(kTileRows / kWarpSize); ++i) {
+        if (i >= mine) continue;
+        const std::uint32_t position = static_cast<std::uint32_t>(lane + i * kWarpSize);
+        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+          ptx::tensor_load(rows + column * Memory::kQueryColumn + position * copy_bytes, q_map, full,
+                           static_cast<std::int32_t>(column * 64), item.kv_head * a.group_size, queries[i]);
+        }
+      }
+    }
+  }
+}
+
+/// Replaces what is not finite in V by zero, and notes for every column the first key where that happened (kBlock: at
+/// none). A matrix product multiplies every key's value by every row's probability, and 0 * NaN is NaN: without this, a
+/// value would reach rows that do not see its key. All consumers call it.
+template <class T, int D, int kBlock>
+__device__ void remove_non_finite(std::byte* values, std::int32_t* first_non_finite, std::uint32_t thread) {
+  using Memory = AttendMemory<D, kBlock>;
+  constexpr std::uint32_t kExponent = std::is_same_v<T, BFloat16> ? 0x7f80u : 0x7c00u;
+  for (std::uint32_t column = thread; column <= D; column += kConsumerThreads) {
+    first_non_finite[column] = column < D ? kBlock : 0;
+  }
+  ptx::named_sync(1, kConsumerThreads);
+  constexpr std::uint32_t kChunks = D / 8;  // 16 bytes of a row
+  for (std::uint32_t i = thread; i < kBlock * kChunks; i += kConsumerThreads) {
+    const std::uint32_t key = i / kChunks, chunk = i % kChunks;
+    auto* at = reinterpret_cast<uint4*>(values + chunk / 8 * Memory::kKeyColumn +
+                                        swizzled(key * 128 + chunk % 8 * 16, Swizzle::k128));
+    const uint4 loaded = *at;
+    std::uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    bool is_finite = true;
+#pragma unroll
+    for (std::uint32_t e = 0; e < 8; ++e) {
+      if ((words[e / 2] >> (16 * (e % 2)) & kExponent) != kExponent) continue;
+      words[e / 2] &= 0xffff0000u >> (16 * (e % 2));
+      atomicMin(first_non_finite + chunk * 8 + e, static_cast<std::int32_t>(key));
+      is_finite = false;
+    }
+    if (is_finite) continue;
+    *at = make_uint4(words[0], words[1], words[2], words[3]);
+    first_non_finite[D] = 1;
+  }
+  ptx::fence_proxy_async();
+  ptx::named_sync(1, kConsumerThreads);
+}
+
+/// One warpgroup's 64 rows of a tile. `rows` of the tile are valid.
+template <class T, int D, int kBlock>
+__device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const WorkItem& item, const std::byte* queries,
+                                            const std::byte* keys, const std::byte* values, const Visit* visits,
+                                            std::byte* staging, const std::int32_t* first_non_finite,
+                                            std::int32_t rows) {
+  using Memory = AttendMemory<D, kBlock>;
+  const std::uint32_t lane = threadIdx.x % kWarpSize;
+  const std::uint32_t group = threadIdx.x / 128 - 1, warp = threadIdx.x / kWarpSize % 4;
+
+  // S[64, kBlock] = Q K^T, 16 of the head dimension a step.
+  float s[kBlock / 2];
+  {
+    const std::uint64_t q = ptx::matrix_descriptor(queries + group * 64 * 128, 16, 1024, Swizzle::k128);
+    const std::uint64_t k = ptx::matrix_descriptor(keys, 16, 1024, Swizzle::k128);
+    ptx::fence_registers(s);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (std::uint32_t step = 0; step < D / 16; ++step) {
+      ptx::wgmma<kBlock, T>(s, ptx::advance(q, step / 4 * Memory::kQueryColumn + step % 4 * 32),
+                            ptx::advance(k, step / 4 * Memory::kKeyColumn + step % 4 * 32), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Meanwhile: whose rows these are. A thread holds two rows, eight apart. r / group_size as a product: exact, since
+  // the rounded-up reciprocal is off by less than 1 / 65536 and r * group_size < 65536.
+  const std::uint32_t reciprocal = ceil_div(65536u, static_cast<std::uint32_t>(a.group_size));
+  const auto place_of = [&](std::int32_t row, std::int32_t& visible) {
+    const std::int32_t position = static_cast<std::int32_t>(static_cast<std::uint32_t>(row) * reciprocal >> 16);
+    const Visit visit = visits[position];
+    visible = visit.slot_and_visible >> 8;
+    const std::int64_t query = visit.query - a.first_query;
+    return ((query * a.kv_heads + item.kv_head) * a.topk + (visit.slot_and_visible & 0xff)) * a.group_size + row -
+           position * a.group_size;
+  };
+  const std::int32_t first_row = static_cast<std::int32_t>(group * 64 + warp * 16);
+  std::int64_t places[2] = {0, 0};
+  std::int32_t visible[2] = {kBlock, kBlock};
+#pragma unroll
+  for (std::int32_t h = 0; h < 2; ++h) {
+    const std::int32_t row = first_row + static_cast<std::int32_t>(lane / 4) + 8 * h;
+    if (row < rows) places[h] = place_of(row, visible[h]);
+  }
+  ptx::wgmma_wait<0>();
+  ptx::fence_registers(s);
+
+  // Softmax within the block, base 2. Element i of s: row 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+  float top[2] = {-infinity(), -infinity()};
+#pragma unroll
+  for (int i = 0; i < kBlock / 2; ++i) {
+    const int h = i / 2 % 2;
+    const std::int32_t column = 8 * (i / 4) + 2 * static_cast<std::int32_t>(lane % 4) + i % 2;
+    s[i] = column < visible[h] ? s[i] * a.scale_log2 : -infinity();
+    top[h] = fmaxf(top[h], s[i]);
+  }
+  float sum[2] = {0, 0};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {  // a row lies in four neighbouring lanes
+    top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 1));
+    top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 2));
+    if (top[h] == -infinity()) top[h] = 0;  // nothing but -inf, or NaN: keep the subtraction defined
+  }
+  std::uint32_t p[kBlock / 16][4];
+#pragma unroll
+  for (int i = 0; i < kBlock / 2; i += 2) {
+    const int h = i / 2 % 2;
+    const float low = ptx::exp2_fast(s[i] - top[h]), high = ptx::exp2_fast(s[i + 1] - top[h]);
+    sum[h] += low + high;
+    p[i / 8][i / 2 % 4] = pack_two<T>(low, high);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    sum[h] += __shfl_xor_sync(kFullMask, sum[h], 1);
+    sum[h] += __shfl_xor_sync(kFullMask, sum[h], 2);
+  }
+
+  // O[64, D] = P V, 16 keys a step; V's rows are keys, so it is the operand's outer dimension that is contiguous.
+  float o[D / 2];
+  const std::uint64_t v = ptx::matrix_descriptor(values, Memory::kKeyColumn, 1024, Swizzle::k128);
+  ptx::fence_registers(o);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (std::uint32_t step = 0; step < kBlock / 16; ++step) {
+    ptx::wgmma<D, T, ptx::Major::kOuter>(o, p[step], ptx::advance(v, step * 16 * 128), step > 0);
+  }
+  ptx::wgmma_commit();
+#pragma unroll
+  for (std::int32_t h = 0; h < 2; ++h) {
+    const std::int32_t row = first_row + static_cast<std::int32_t>(lane / 4) + 8 * h;
+    if (lane % 4 == 0 && row < rows) a.lse2[places[h]] = top[h] + log2f(sum[h]);
+  }
+  const float inverse[2] = {sum[0] == 0.0f ? 0.0f : 1.0f / sum[0], sum[1] == 0.0f ? 0.0f : 1.0f / sum[1]};
+  ptx::wgmma_wait<0>();
+  ptx::fence_registers(o);
+
+  if (item.is_partial != 0 && first_non_finite[D] != 0) {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) {
+      const std::int32_t column = 8 * (i / 4) + 2 * static_cast<std::int32_t>(lane % 4) + i % 2;
+      if (first_non_finite[column] < visible[i / 2 % 2]) o[i] = quiet_nan();
+    }
+  }
+
+  // Out through the warp's own staging rows, 16 bytes a lane: eight lanes write the 128 bytes of a row's column.
+  std::int64_t targets[4];
+#pragma unroll
+  for (std::int32_t i = 0; i < 4; ++i) {
+    const std::int32_t row = first_row + 4 * i + static_cast<std::int32_t>(lane / 8);
+    std::int32_t unused = 0;
+    targets[i] = row < rows ? place_of(row, unused) : -1;
+  }
+#pragma unroll
+  for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+    __syncwarp();
+#pragma unroll
+    for (std::uint32_t j = 0; j < 8; ++j) {
+#pragma unroll
+      for (std::uint32_t h = 0; h < 2; ++h) {
+        const std::uint32_t i = (column * 8 + j) * 4 + h * 2;
+        auto* word = reinterpret_cast<std::uint32_t*>(staging + (lane / 4 + 8 * h) * Memory::kStagingRow + j * 16 +
+                                                      lane % 4 * 4);
+        *word = pack_two<T>(o[i] * inverse[h], o[i + 1] * inverse[h]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      if (targets[i] < 0) continue;
+      const uint4 data =
+          *reinterpret_cast<const uint4*>(staging + (4 * i + lane / 8) * Memory::kStagingRow + lane % 8 * 16);
+      *reinterpret_cast<uint4*>(a.partial + targets[i] * D + column * 64 + lane % 8 * 8) = data;
+    }
+  }
+}
+
+template <class T, int D, int kBlock>
+__device__ __forceinline__ void consume(const AttendArguments<T>& a, std::byte* memory,
+                                        const AttendBarriers& barriers) {
+  using Memory = AttendMemory<D, kBlock>;
+  const std::uint32_t thread = threadIdx.x - 128;
+  const std::uint32_t lane = thread % kWarpSize;
+  std::byte* staging = memory + Memory::kStagings + thread / kWarpSize * Memory::kStaging;
+  auto* first_non_finite = reinterpret_cast<std::int32_t*>(memory + Memory::kFirstNonFinite);
+  std::uint32_t tile = 0;
+  for (std::uint32_t number = 0;; ++number) {
+    const std::uint32_t stage = number % 2;
+    ptx::wait(barriers.keys_full + stage, number / 2 & 1);
+    const WorkItem item = reinterpret_cast<const WorkItem*>(memory + Memory::kItems)[stage];
+    if (item.count < 0) return;
+    std::byte* keys = memory + Memory::kKeys + stage * 2 * Memory::kKeyTile;
+    std::byte* values = keys + Memory::kKeyTile;
+    if (item.is_partial != 0) remove_non_finite<T, D, kBlock>(values, first_non_finite, thread);
+    for (std::int32_t done = 0; done < item.count; done += a.positions, ++tile) {
+      const std::uint32_t at = tile % 2;
+      ptx::wait(barriers.queries_full + at, tile / 2 & 1);
+      const std::int32_t rows = min_of(a.positions, item.count - done) * a.group_size;
+      if (static_cast<std::int32_t>(thread / 128 * 64) < rows) {
+        attend_tile<T, D, kBlock>(a, item, memory + Memory::kQueries + at * Memory::kQueryTile, keys, values,
+                                  reinterpret_cast<const Visit*>(memory + Memory::kVisits) + at * kTileRows, staging,
+                                  first_non_finite, rows);
+      }
+      __syncwarp();
+      if (lane == 0) ptx::arrive(barriers.queries_empty + at);
+    }
+    if (lane == 0) ptx::arrive(barriers.keys_empty + stage);
+  }
+}
+
+template <class T, int D, int kBlock>
+__global__ void __launch_bounds__(kAttendThreads, 1)
+    attend_blocks(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                  const __grid_constant__ TensorMap v_map, AttendArguments<T> a) {
+  using Memory = AttendMemory<D, kBlock>;
+  std::byte* memory = shared_memory();
+  const AttendBarriers barriers(memory + Memory::kBarriers);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::barrier_init(barriers.keys_full + stage, 1);
+      ptx::barrier_init(barriers.keys_empty + stage, kConsumerWarps);
+      ptx::barrier_init(barriers.queries_full + stage, kWarpSize);
+      ptx::barrier_init(barriers.queries_empty + stage, kConsumerWarps);
+    }
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  ptx::griddepcontrol_launch();  // the merge may be set up behind this; it waits for this kernel's end
+  // 65536 registers: 128 * 40 + 256 * 232 = 64512.
+  if (threadIdx.x < 128) {
+    ptx::lower_registers<40>();
+    if (threadIdx.x < kWarpSize) feed<T, D, kBlock>(a, q_map, k_map, v_map, memory, barriers);
+  } else {
+    ptx::raise_registers<232>();
+    consume<T, D, kBlock>(a, memory, barriers);
+  }
+}
+
+// The call
+// -------------------------------------------------------------------------------------------------------------
+
+/// Keys or values as the copy engine takes a block out of them: [D, heads, token, page], packed as one long page.
+template <int D, int kBlock>
+TensorMap map_keys(const ConstTensorView& view, bool is_paged) {
+  const int token = is_paged ? 1 : 0;
+  TensorMapSpec spec;
+  spec.data = view.data;
+  spec.rank = 4;
+  spec.extents[0] = D;
+  spec.extents[1] = static_cast<std::uint64_t>(view.size(token + 1));
+  spec.extents[2] = static_cast<std::uint64_t>(view.size(token));
+  spec.extents[3] = is_paged ? static_cast<std::uint64_t>(view.size(0)) : 1;
+  spec.strides[1] = static_cast<std::uint64_t>(view.stride(token + 1)) * 2;
+  spec.strides[2] = static_cast<std::uint64_t>(view.stride(token)) * 2;
+  spec.strides[3] = is_paged ? static_cast<std::uint64_t>(view.stride(0)) * 2 : spec.strides[2];
+  spec.box[0] = 64;
+  spec.box[2] = kBlock;
+  return make_tensor_map(spec);
+}
+
+/// Queries, a position's rows of one group at a time: [D, heads, row].
+template <int D>
+TensorMap map_queries(const ConstTensorView& view, std::int64_t group_size) {
+  TensorMapSpec spec;
+  spec.data = view.data;
+  spec.rank = 3;
+  spec.extents[0] = D;
+  spec.extents[1] = static_cast<std::uint64_t>(view.size(1));
+  spec.extents[2] = static_cast<std::uint64_t>(view.size(0));
+  spec.strides[1] = static_cast<std::uint64_t>(view.stride(1)) * 2;
+  spec.strides[2] = static_cast<std::uint64_t>(view.stride(0)) * 2;
+  spec.box[0] = 64;
+  spec.box[1] = static_cast<std::uint32_t>(group_size);
+  return make_tensor_map(spec);
+}
+
+/// run_sparse_attention of one instantiation; `thread_blocks` of the persistent kernel, one a multiprocessor.
+template <class T, int D, int kBlock>
+void run_fast_attention(const Context& context, const SparseAttentionParams& params, const SparseAttentionPlan& plan,
+                        unsigned thread_blocks, const TensorView& out, const TensorView& lse) {
+  const Batch& batch = params.batch;
+  const std::int64_t rows = params.q.size(0), query_heads = params.q.size(1);
+  const std::int64_t kv_heads = params.k.size(params.k.rank - 2);
+  if (rows == 0) return;
+  const std::int64_t key_rows = params.k.size(0);
+  std::byte* workspace = static_cast<std::byte*>(context.workspace);
+
+  ReverseIndex index{};
+  index.batch = view_of(batch);
+  index.blocks = strided<std::int32_t>(params.blocks);
+  index.kv_heads = static_cast<std::int32_t>(kv_heads);
+  index.topk = static_cast<std::int32_t>(params.blocks.size(2));
+  index.block_size = kBlock;
+  index.page = batch.is_paged ? static_cast<std::int32_t>(params.k.size(1)) : 0;
+  index.blocks_bound = static_cast<std::int32_t>(plan.blocks_bound);
+  index.visits_per_item = static_cast<std::int32_t>(plan.positions_per_tile * kTilesPerItem);
+  index.counts = reinterpret_cast<std::int32_t*>(workspace + plan.counts);
+  index.partial = reinterpret_cast<std::int32_t*>(workspace + plan.partial_flags);
+  index.totals = reinterpret_cast<WorkTotals*>(workspace + plan.totals);
+  index.visits = reinterpret_cast<Visit*>(workspace + plan.visits);
+  index.items = reinterpret_cast<WorkItem*>(workspace + plan.items);
+
+  AttendArguments<T> attend{};
+  attend.visits = index.visits;
+  attend.items = index.items;
+  attend.totals = index.totals;
+  attend.partial = reinterpret_cast<T*>(workspace + plan.partial);
+  attend.lse2 = reinterpret_cast<float*>(workspace + plan.lse);
+  attend.kv_heads = index.kv_heads;
+  attend.group_size = static_cast<std::int32_t>(query_heads / kv_heads);
+  attend.topk = index.topk;
+  attend.positions = static_cast<std::int32_t>(plan.positions_per_tile);
+  attend.scale_log2 = static_cast<float>(*params.scale * 1.4426950408889634);
+
+  CombineArguments<T> combine{};
+  combine.batch = index.batch;
+  combine.blocks = index.blocks;
+  combine.partial = attend.partial;
+  combine.lse2 = attend.lse2;
+  combine.out = strided<T>(out);
+  combine.lse = strided<float>(lse);
+  combine.kv_heads = index.kv_heads;
+  combine.group_size = attend.group_size;
+  combine.topk = index.topk;
+  combine.block_size = kBlock;
+  combine.out_is_aligned =
+      reinterpret_cast<std::uintptr_t>(out.data) % 8 == 0 && out.stride(0) % 4 == 0 && out.stride(1) % 4 == 0;
+
+  // Without a key there is nothing to attend to, and nothing a tensor map could describe.
+  const bool has_keys = key_rows > 0 && (!batch.is_paged || params.k.size(1) > 0);
+  TensorMap q_map{}, k_map{}, v_map{};
+  if (has_keys) {
+    q_map = map_queries<D>(params.q, attend.group_size);
+    k_map = map_keys<D, kBlock>(params.k, batch.is_paged);
+    v_map = map_keys<D, kBlock>(params.v, batch.is_paged);
+  }
+  for (std::int64_t first = 0; first < rows; first += plan.queries_at_once) {
+    const std::int64_t queries = min_of(plan.queries_at_once, rows - first);
+    index.first_query = attend.first_query = combine.first_query = static_cast<std::int32_t>(first);
+    index.queries = combine.queries = static_cast<std::int32_t>(queries);
+    if (has_keys) {
+      clear_memory(context.stream, workspace + plan.totals, plan.zero_end - plan.totals);
+      if (plan.is_direct) {
+        const std::int64_t visits = kv_heads * queries * index.topk;
+        launch(dim3(static_cast<unsigned>(ceil_div(visits, std::int64_t{kIndexThreads}))), dim3(kIndexThreads), 0,
+               context.stream, list_visits, index);
+      } else {
+        const dim3 grid(static_cast<unsigned>(ceil_div(queries, std::int64_t{kIndexThreads})),
+                        static_cast<unsigned>(kv_heads));
+        launch(grid, dim3(kIndexThreads), 0, context.stream, count_visits, index);
+        launch(dim3(1), dim3(kPlanThreads), kPlanThreads * 8, context.stream, plan_items, index);
+        launch(grid, dim3(kIndexThreads), 0, context.stream, place_visits, index);
+      }
+      launch(dim3(thread_blocks), dim3(kAttendThreads), AttendMemory<D, kBlock>::kBytes, context.stream,
+             attend_blocks<T, D, kBlock>, q_map, k_map, v_map, attend);
+    }
+    const std::int64_t warps = queries * query_heads;
+    launch_dependent(dim3(static_cast<unsigned>(ceil_div(warps, std::int64_t{kCombineWarps}))),
+                     dim3(kCombineWarps * kWarpSize), 0, context.stream, combine_partials<T, D>, combine);
+  }
+}
+
+/// Calls body.template operator()<T, D, kBlock>() for the instantiation that the geometry asks for.
+template <class Body>
+void with_attention_geometry(const SparseAttentionParams& params, const Body& body) {
+  const auto with_block = [&]<class T, int D>() {
+    if (params.block_size == 64) {
+      body.template operator()<T, D, 64>();
+    } else {
+      body.template operator()<T, D, 128>();
+    }
+  };
+  const auto with_dim = [&]<class T>() {
+    if (params.q.size(2) == 64) {
+      with_block.template operator()<T, 64>();
+    } else {
+      with_block.template operator()<T, 128>();
+    }
+  };
+  if (params.q.dtype == DType::kBFloat16) {
+    with_dim.template operator()<BFloat16>();
+  } else {
+    with_dim.template operator()<Float16>();
+  }
+}
+
+}  // namespace msa::cuda
