@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GPU of Backend::kCuda: whether this build and this machine have one, and device memory for programs that have no
-// CUDA runtime of their own to allocate it with. Tested in tests/unit/cuda_test.cc and, on a device, by `msa check`.
+// CUDA runtime of their own to allocate it with. Tested, on a device, in tests/cuda.
 #pragma once
 
 #include <cstddef>
