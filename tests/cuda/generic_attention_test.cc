@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The generic CUDA attention, sparse and dense, forward and backward, in the emulator: within the tolerance rule of SPEC
-// section 6 of the reference.
+// The generic CUDA attention in the emulator: what the operators' unit tests, which run on it too, do not ask. Rows and
+// ids that must not be touched, more visitors than one look through the rows finds, float8 keys.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -10,9 +10,6 @@
 
 namespace msa::testing {
 namespace {
-
-class GenericAttention : public ::testing::TestWithParam<Case> {};
-INSTANTIATE_TEST_SUITE_P(Cases, GenericAttention, ::testing::ValuesIn(all_cases()), case_name);
 
 void expect_within_rule_of_reference(const Problem& problem, bool dense) {
   const Problem wide = problem.as_float32();
@@ -38,69 +35,12 @@ void expect_within_rule_of_reference(const Problem& problem, bool dense) {
   expect_within_rule("dv", grads.dv, exact_grads.dv, naive_grads.dv);
 }
 
-TEST_P(GenericAttention, SparseIsWithinTheRule) { expect_within_rule_of_reference(Problem(GetParam()), false); }
-TEST_P(GenericAttention, DenseIsWithinTheRule) { expect_within_rule_of_reference(Problem(GetParam()), true); }
-
-TEST(GenericAttentionRules, MoreVisitorsThanOnePortion) {
-  expect_within_rule_of_reference(Problem(Case{{3, 1, 16, 32, 16, 64, 3}, {{300, 330}, {270, 270}}}), false);
+TEST(GenericAttention, MoreVisitorsThanOnePortion) {
+  expect_within_rule_of_reference(Problem(Case{{3, 1, 16, 32, 16, 64, 3}, {{300, 330}, {40, 40}}}), false);
+  expect_within_rule_of_reference(Problem(Case{{1, 1, 16, 16, 16, 64, 3}, {{270, 270}}}), true);
 }
 
-TEST(GenericAttentionRules, NoDlseMeansZero) {
-  const Problem problem(Case{{4, 2, 32, 16, 16, 16, 2}, {{9, 50}, {20, 20}}});
-  const Tensor dout = make_dout(problem);
-  Tensor zero = make_dlse(problem);
-  zero.fill(0);
-  const AttentionResult forward = generic_attention(problem.sparse_params());
-  const AttentionGradients without = generic_attention_backward(problem.sparse_params(), forward, dout, nullptr);
-  const AttentionGradients with = generic_attention_backward(problem.sparse_params(), forward, dout, &zero);
-  expect_same_bytes("dq", without.dq, with.dq);
-  expect_same_bytes("dk", without.dk, with.dk);
-  expect_same_bytes("dv", without.dv, with.dv);
-}
-
-TEST(GenericAttentionRules, LargeLogitsDoNotOverflow) {
-  Problem problem(Case{{4, 2, 64, 32, 16, 16, 3}, {{20, 70}}});
-  Random random(8);
-  problem.q.fill_normal(random, 100);
-  problem.k.fill_normal(random, 100);
-  const AttentionResult exact = run_sparse(reference_context(), problem.sparse_params());
-  const AttentionResult naive = naive_attention(problem.sparse_params());
-  const AttentionResult got = generic_attention(problem.sparse_params());
-  expect_within_rule("out", got.out, exact.out, naive.out);
-  expect_within_rule("lse", got.lse, exact.lse, naive.lse);
-}
-
-TEST(GenericAttentionRules, ScaleIsAnArgument) {
-  Problem problem(Case{{4, 2, 32, 16, 16, 16, 2}, {{9, 50}}});
-  for (const double scale : {1.0, 0.0, -0.5}) {
-    problem.scale = scale;
-    expect_within_rule_of_reference(problem, false);
-  }
-}
-
-TEST(GenericAttentionRules, AHugeScoreAloneIsCertain) {
-  for (const DType dtype : kFloatTypes) {
-    for (const double size : {152.0, 24576.0}) {
-      Problem problem(Case{{4, 2, 128, 64, 16, 16, 1}, {{1, 1}, {1, 1}}, dtype});
-      problem.q.fill(size);
-      problem.k.fill(size);
-      const Tensor dout = make_dout(problem);
-      const AttentionResult got = generic_attention(problem.sparse_params());
-      const AttentionGradients grads = generic_attention_backward(problem.sparse_params(), got, dout, nullptr);
-      for (std::int64_t t = 0; t < 2; ++t) {
-        for (std::int64_t e = 0; e < 64; ++e) {
-          for (std::int64_t h = 0; h < 4; ++h) ASSERT_EQ(got.out.at(t, h, e), problem.v.at(t, h / 2, e));
-          for (std::int64_t g = 0; g < 2; ++g) {
-            const double exact = dout.at(t, 2 * g, e) + dout.at(t, 2 * g + 1, e);
-            ASSERT_NEAR(grads.dv.at(t, g, e), exact, 0x1p-7 * std::abs(exact) + 1e-6) << name_of(dtype) << " " << size;
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST(GenericAttentionRules, ScoresOfMinusInfinityWeighNothing) {
+TEST(GenericAttention, ScoresOfMinusInfinityWeighNothing) {
   // A whole tile of -inf before the first finite score: the running maximum must not turn that into NaN.
   Problem problem(Case{{1, 1, 16, 16, 16, 16, 4}, {{1, 70}}});
   problem.q.fill(1);
@@ -112,7 +52,7 @@ TEST(GenericAttentionRules, ScoresOfMinusInfinityWeighNothing) {
   EXPECT_NEAR(got.lse.at(0, 0), exact.lse.at(0, 0), 1e-5);
 }
 
-TEST(GenericAttentionRules, RowsWithoutBlocksAndPaddingAreInert) {
+TEST(GenericAttention, RowsWithoutBlocksAndPaddingAreInert) {
   Case c{{4, 2, 32, 48, 16, 16, 2}, {{6, 40}, {0, 0}, {3, 3}}};
   c.padding_rows = 4;
   Problem problem(c);
@@ -142,7 +82,7 @@ TEST(GenericAttentionRules, RowsWithoutBlocksAndPaddingAreInert) {
   }
 }
 
-TEST(GenericAttentionRules, Float8KeysAndValues) {
+TEST(GenericAttention, Float8KeysAndValues) {
   for (const DType dtype : kFloatTypes) {
     Problem problem(Case{{6, 2, 48, 80, 16, 16, 3}, {{9, 70}, {1, 33}}, dtype});
     problem.k = problem.k.as(DType::kFloat8E4M3);
@@ -156,7 +96,7 @@ TEST(GenericAttentionRules, Float8KeysAndValues) {
   }
 }
 
-TEST(GenericAttentionRules, BadIdsCountAsAbsent) {
+TEST(GenericAttention, BadIdsCountAsAbsent) {
   Problem problem(Case{{2, 1, 16, 16, 16, 16, 4}, {{3, 60}}});
   Problem clean = problem;
   const std::vector<std::vector<double>> bad = {{0, 0, 9999, 3}, {2, 1, 3, -7}, {-2147483648.0, 1, 4, 2147483647}};

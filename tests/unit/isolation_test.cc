@@ -41,7 +41,7 @@ std::set<std::int64_t> seen_tokens(const Problem& problem, std::int64_t group, s
 }
 
 std::vector<Case> isolation_cases() {
-  return {
+  std::vector<Case> cases = {
       {{4, 2, 32, 48, 16, 16, 2},
        {{3, 90}, {0, 20}, {2, 33}, {1, 16}},
        DType::kFloat32,
@@ -51,6 +51,11 @@ std::vector<Case> isolation_cases() {
       {{9, 3, 64, 64, 64, 32, 2}, {{2, 150}, {5, 100}}, DType::kBFloat16, DType::kBFloat16, Layout::kContiguous, 0},
       {{14, 2, 16, 32, 16, 16, 3}, {{4, 130}, {1, 1}, {16, 99}}, DType::kFloat16, DType::kFloat16, Layout::kGaps, 1},
   };
+  // On a device the positions have entries for padding rows, too; here they have none.
+  if (emulates_device()) {
+    for (Case& c : cases) c.padding_rows = 0;
+  }
+  return cases;
 }
 
 class Isolation : public ::testing::TestWithParam<Case> {};

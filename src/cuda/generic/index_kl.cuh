@@ -49,8 +49,8 @@ __global__ void kl_rows(KlArgs args) {
   const int index_dim = args.q_idx.dim;
   const int widest = max_of(args.q.dim, index_dim);
 
-  double* lane_sums = reinterpret_cast<double*>(shared_memory());  // [2][kWarp]
-  float* q = reinterpret_cast<float*>(lane_sums + 2 * kWarp);      // [kRowWarps][head_dim]
+  double* lane_sums = reinterpret_cast<double*>(shared_memory());  // [3][kWarp]
+  float* q = reinterpret_cast<float*>(lane_sums + 3 * kWarp);      // [kRowWarps][head_dim]
   float* q_idx = q + kRowWarps * args.q.dim;
   float* tile = q_idx + index_dim;
   float* masses = tile + kWarp * (widest + 1);  // [kRowWarps][kWarp]
@@ -71,7 +71,10 @@ __global__ void kl_rows(KlArgs args) {
       factor = gradient_factor(args);
     }
   }
+  // KL of m / sum m and q / sum q: sum m (log m - log q) / sum m - log sum m + log sum q. The sums are the teacher's norm
+  // and 1 but for what rounding the log-sum-exps did to every token of the row alike, which they so cancel.
   double mass_sum = 0;
+  double student_sum = 0;
   double value = 0;
   constexpr int kThreadDims = static_cast<int>(kMaxHeadDim) / (kRowWarps * kWarp);
   float dq[kThreadDims] = {};
@@ -95,9 +98,9 @@ __global__ void kl_rows(KlArgs args) {
         weights[lane] = (expf(log_student) - mass / norm) * factor;
       } else {
         mass_sum += mass;
-        // With the maximum as teacher the norm is not known yet: sum m (log m - log Q) now, divide at the end.
-        const float teacher = args.takes_max ? mass : mass / norm;
-        if (!(teacher == 0.0f)) value += static_cast<double>(teacher) * (logf(teacher) - log_student);
+        student_sum += expf(log_student);
+        const auto m = static_cast<double>(mass);
+        if (!(m == 0.0)) value += m * (log(m) - log_student);
       }
     }
     if constexpr (kBackward) {
@@ -120,20 +123,23 @@ __global__ void kl_rows(KlArgs args) {
   if (warp == 0) {
     lane_sums[lane] = value;
     lane_sums[kWarp + lane] = mass_sum;
+    lane_sums[2 * kWarp + lane] = student_sum;
   }
   __syncthreads();
   if (thread != 0) return;
   value = 0;
   mass_sum = 0;
+  student_sum = 0;
   for (int i = 0; i < kWarp; ++i) {
     value += lane_sums[i];
     mass_sum += lane_sums[kWarp + i];
+    student_sum += lane_sums[2 * kWarp + i];
   }
   if (support.count() == 0) {
     norm = 0;
-  } else if (args.takes_max) {
-    norm = static_cast<float>(mass_sum);
-    value = value / mass_sum - log(mass_sum);
+  } else {
+    value = value / mass_sum - log(mass_sum) + log(student_sum);
+    if (args.takes_max) norm = static_cast<float>(mass_sum);
   }
   element_of(args.teacher_norm, row, group) = norm;
   args.row_values[row * args.kv_heads + group] = value;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything an operator can run on here: the reference, and the cpu backend once for each instruction set of this
-// machine. A test loops over them with for_each_target(), so that what it expects is worked out once.
+// machine, or the emulated GPU in the program that is linked with one. A test loops over them with for_each_target(), so
+// that what it expects is worked out once.
 #pragma once
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -20,8 +22,17 @@ struct Target {
 
 enum class Targets {
   kAll,
-  kCpu,  ///< the cpu backend only, where the reference is what is compared with
+  kCpu,  ///< all but the reference, where that is what is compared with
 };
+
+/// Set before main() by what takes the cpu backend's place, if anything does.
+inline std::function<std::vector<Target>()>& device_targets() {
+  static std::function<std::vector<Target>()> targets;
+  return targets;
+}
+
+/// Whether the kernels run in an emulator: tests of how work is cut for threads, and long ones, leave it out.
+inline bool emulates_device() { return device_targets() != nullptr; }
 
 inline Context reference_context() {
   Context context;
@@ -33,6 +44,10 @@ inline Context reference_context() {
 inline std::vector<Target> list_targets(Targets which) {
   std::vector<Target> targets;
   if (which == Targets::kAll) targets.push_back({"reference", reference_context(), ""});
+  if (device_targets()) {
+    for (const Target& target : device_targets()()) targets.push_back(target);
+    return targets;
+  }
   Context context;
   context.threads = 2;
   context.backend = Backend::kCpu;
