@@ -18,9 +18,13 @@ std::int64_t multiprocessor_count() { return 3; }
 CudaInfo describe_device() { return {}; }
 void require_device() {}
 bool is_capturing(const Context&) { return false; }
-void* allocate(std::size_t bytes) { return std::aligned_alloc(kWorkspaceAlignment, round_up(bytes, kWorkspaceAlignment)); }
+void* allocate(std::size_t bytes) {
+  return std::aligned_alloc(kWorkspaceAlignment, round_up(bytes, kWorkspaceAlignment));
+}
 void release(void* device) noexcept { std::free(device); }
-void copy_to_host(const Context&, void* host, const void* device, std::size_t bytes) { std::memcpy(host, device, bytes); }
+void copy_to_host(const Context&, void* host, const void* device, std::size_t bytes) {
+  std::memcpy(host, device, bytes);
+}
 void copy_to_device(const Context&, void* device, const void* host, std::size_t bytes) {
   std::memcpy(device, host, bytes);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The generic CUDA kernels of the KL loss in the emulator: what the operators' unit tests, which run on them too, do not
-// ask. Workspace of exactly the stated size, and more visitors than one look through the rows finds.
+// The generic CUDA kernels of the KL loss in the emulator: what the operators' unit tests, which run on them too, do
+// not ask. Workspace of exactly the stated size, and more visitors than one look through the rows finds.
 #include <gtest/gtest.h>
 
 #include "tests/cuda/generic_support.h"

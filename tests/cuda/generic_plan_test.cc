@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plans of the generic CUDA path: grids cover the work whatever the lengths are, workspace and shared memory are what the
-// page says and what a device has, and nothing but shapes is read.
+// Plans of the generic CUDA path: grids cover the work whatever the lengths are, workspace and shared memory are what
+// the page says and what a device has, and nothing but shapes is read.
 #include <gtest/gtest.h>
 
 #include <vector>

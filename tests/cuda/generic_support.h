@@ -75,8 +75,8 @@ inline SelectionRecall generic_recall(SelectionRecallParams params) {
   Workspace workspace(cuda::generic::selection_recall_workspace(params));
   float recalls[2] = {-1, -1};
   std::int64_t rows = -1;
-  cuda::generic::run_selection_recall(
-      nullptr, cuda::generic::plan_selection_recall(params, workspace.data(), recalls, &rows));
+  cuda::generic::run_selection_recall(nullptr,
+                                      cuda::generic::plan_selection_recall(params, workspace.data(), recalls, &rows));
   EXPECT_TRUE(workspace.guard_intact());
   return {recalls[0], recalls[1], rows};
 }
@@ -84,8 +84,8 @@ inline SelectionRecall generic_recall(SelectionRecallParams params) {
 inline AttentionResult generic_attention(const SparseAttentionParams& params) {
   AttentionResult result{Tensor(params.q.dtype, {params.q.size(0), params.q.size(1), params.v.size(params.v.rank - 1)}),
                          Tensor(DType::kFloat32, {params.q.size(0), params.q.size(1)})};
-  cuda::generic::run_attention(
-      nullptr, cuda::generic::plan_attention(with_scale(params), result.out.view(), result.lse.view()));
+  cuda::generic::run_attention(nullptr,
+                               cuda::generic::plan_attention(with_scale(params), result.out.view(), result.lse.view()));
   EXPECT_TRUE(result.out.gaps_intact());
   EXPECT_TRUE(result.lse.gaps_intact());
   return result;

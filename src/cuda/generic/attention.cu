@@ -8,8 +8,8 @@ void attention(void* stream, const SparseAttentionParams& params, const TensorVi
   run_attention(stream, plan_attention(params, out, lse));
 }
 
-void attention_backward(void* stream, void* workspace, const SparseAttentionParams& params,
-                        const AttentionSaved& saved, const AttentionGrads& grads) {
+void attention_backward(void* stream, void* workspace, const SparseAttentionParams& params, const AttentionSaved& saved,
+                        const AttentionGrads& grads) {
   run_attention_backward(stream, plan_attention_backward(params, saved, workspace, grads));
 }
 

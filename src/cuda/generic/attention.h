@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax attention for every geometry and dtype, over selected blocks or the whole prefix (SPEC section 3): plans and
-// entry points of the CUDA backend's generic path. How it works: attention.cuh, attention_backward.cuh, docs/cuda-generic.md.
-// Tested in tests/cuda/generic_attention_test.cc.
+// entry points of the CUDA backend's generic path. How it works: attention.cuh, attention_backward.cuh,
+// docs/cuda-generic.md. Tested in tests/cuda/generic_attention_test.cc.
 #pragma once
 
 #include <cstddef>
@@ -40,9 +40,9 @@ struct AttendBackwardArgs {
 
 struct AttendBackwardPlan {
   AttendBackwardArgs args;
-  LaunchShape queries;    ///< dq: a block of threads a query row and up to kRowWarps heads
-  LaunchShape keys;       ///< dk and dv: a block of threads a key tile and kv head
-  LaunchShape dk_tail;    ///< rows behind the last sequence
+  LaunchShape queries;  ///< dq: a block of threads a query row and up to kRowWarps heads
+  LaunchShape keys;     ///< dk and dv: a block of threads a key tile and kv head
+  LaunchShape dk_tail;  ///< rows behind the last sequence
   LaunchShape dv_tail;
 };
 
@@ -60,7 +60,7 @@ SparseAttentionParams over_whole_prefix(const DenseAttentionParams& params);
 
 // Entry points: as in src/cuda/operators.h. `blocks` of the params may be empty.
 void attention(void* stream, const SparseAttentionParams& params, const TensorView& out, const TensorView& lse);
-void attention_backward(void* stream, void* workspace, const SparseAttentionParams& params,
-                        const AttentionSaved& saved, const AttentionGrads& grads);
+void attention_backward(void* stream, void* workspace, const SparseAttentionParams& params, const AttentionSaved& saved,
+                        const AttentionGrads& grads);
 
 }  // namespace msa::cuda::generic

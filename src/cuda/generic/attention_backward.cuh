@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of attention, without atomics. With p_j = exp(s_j - lse), dp_j = <dout, v_j> and delta = <dout, out>:
 // ds_j = p_j (dp_j - delta + dlse). dq is summed by query rows, as the forward walks, and leaves the deltas behind; dk
-// and dv by key tiles, over the rows that visit the tile, ascending, and their heads. Scores are computed twice; no sum depends on anything but the row's
-// tokens or the token's visitors. Tested in tests/cuda/generic_attention_test.cc.
+// and dv by key tiles, over the rows that visit the tile, ascending, and their heads. Scores are computed twice; no sum
+// depends on anything but the row's tokens or the token's visitors. Tested in tests/cuda/generic_attention_test.cc.
 #pragma once
 
 #include "src/cuda/generic/attention.cuh"
 
 namespace msa::cuda::generic {
 
-/// <dout, out> of one (row, head); `dout` lies in shared memory. In the order of dot(), so that it cancels against the dp
-/// of a token that is certain.
+/// <dout, out> of one (row, head); `dout` lies in shared memory. In the order of dot(), so that it cancels against the
+/// dp of a token that is certain.
 __device__ inline float read_delta(const AttendBackwardArgs& args, std::int64_t row, int head, const float* dout) {
   const std::byte* out = row_of(args.forward.out, row, head);
   float sum = 0;
-  for (int d = 0; d < args.forward.out.dim; ++d)
-    sum = fmaf(dout[d], load_element(out, args.forward.out.dtype, d), sum);
+  for (int d = 0; d < args.forward.out.dim; ++d) sum = fmaf(dout[d], load_element(out, args.forward.out.dtype, d), sum);
   return sum;
 }
 
@@ -112,9 +111,9 @@ __global__ void attend_keys_backward(AttendBackwardArgs args) {
   float* keys = shared;
   float* values = keys + kWarp * (head_dim + 1);
   float* q = values + kWarp * (value_dim + 1);  // [kKeyWarps][head_dim]
-  float* dout = q + kKeyWarps * head_dim;             // [kKeyWarps][value_dim]
-  float* p = dout + kKeyWarps * value_dim;            // [kKeyWarps][kWarp]
-  float* ds = p + kKeyWarps * kWarp;                  // [kKeyWarps][kWarp]
+  float* dout = q + kKeyWarps * head_dim;       // [kKeyWarps][value_dim]
+  float* p = dout + kKeyWarps * value_dim;      // [kKeyWarps][kWarp]
+  float* ds = p + kKeyWarps * kWarp;            // [kKeyWarps][kWarp]
   VisitorList& list = *reinterpret_cast<VisitorList*>(ds + kKeyWarps * kWarp);
 
   const auto token = [&](int i) { return tile.begin + i; };

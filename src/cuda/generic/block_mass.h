@@ -26,8 +26,8 @@ struct BlockMassArgs {
   int kv_heads = 1;
   int group_size = 1;
   float scale = 1;
-  Rows lse;                        ///< [Tq, query_heads]
-  BlockIds selected;               ///< recall: what is judged
+  Rows lse;                          ///< [Tq, query_heads]
+  BlockIds selected;                 ///< recall: what is judged
   RecallRow* row_recalls = nullptr;  ///< recall: [Tq, kv_heads]
 };
 

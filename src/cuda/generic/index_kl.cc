@@ -33,8 +33,8 @@ KlArgs make_args(const IndexKlParams& params, const IndexKlSaved& saved) {
 LaunchShape row_shape(const KlArgs& args) {
   const int widest = std::max(args.q.dim, args.q_idx.dim);
   const std::size_t floats = std::size_t{kRowWarps} * static_cast<std::size_t>(args.q.dim) +
-                             static_cast<std::size_t>(args.q_idx.dim) + tile_floats(kWarp, widest) +
-                             kRowWarps * kWarp + kWarp;
+                             static_cast<std::size_t>(args.q_idx.dim) + tile_floats(kWarp, widest) + kRowWarps * kWarp +
+                             kWarp;
   return {args.q.rows, args.kv_heads, kRowWarps * kWarp,
           std::size_t{3} * kWarp * sizeof(double) + floats * sizeof(float) + (kMaxTopk + 1) * sizeof(int)};
 }

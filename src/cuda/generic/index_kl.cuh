@@ -34,7 +34,8 @@ __device__ inline float read_mass(const KlArgs& args, std::int64_t row, int grou
 
 /// What dL/dlogit is multiplied with to give the gradient of <q_idx, k_idx>.
 __device__ inline float gradient_factor(const KlArgs& args) {
-  const float rows = static_cast<float>(args.batch.cu_seqlens_q[args.batch.sequences]) * static_cast<float>(args.kv_heads);
+  const float rows =
+      static_cast<float>(args.batch.cu_seqlens_q[args.batch.sequences]) * static_cast<float>(args.kv_heads);
   return *args.grad_output * args.index_scale / rows;
 }
 
@@ -54,7 +55,7 @@ __global__ void kl_rows(KlArgs args) {
   float* q_idx = q + kRowWarps * args.q.dim;
   float* tile = q_idx + index_dim;
   float* masses = tile + kWarp * (widest + 1);  // [kRowWarps][kWarp]
-  float* weights = masses + kRowWarps * kWarp;        // [kWarp]
+  float* weights = masses + kRowWarps * kWarp;  // [kWarp]
   int* ids = reinterpret_cast<int*>(weights + kWarp);
 
   const BatchView batch = view_of(args.batch);
@@ -71,8 +72,8 @@ __global__ void kl_rows(KlArgs args) {
       factor = gradient_factor(args);
     }
   }
-  // KL of m / sum m and q / sum q: sum m (log m - log q) / sum m - log sum m + log sum q. The sums are the teacher's norm
-  // and 1 but for what rounding the log-sum-exps did to every token of the row alike, which they so cancel.
+  // KL of m / sum m and q / sum q: sum m (log m - log q) / sum m - log sum m + log sum q. The sums are the teacher's
+  // norm and 1 but for what rounding the log-sum-exps did to every token of the row alike, which they so cancel.
   double mass_sum = 0;
   double student_sum = 0;
   double value = 0;
@@ -178,8 +179,8 @@ __global__ void kl_keys_backward(KlArgs args) {
   float* keys = shared_floats();
   float* index_keys = keys + kWarp * (head_dim + 1);
   float* q = index_keys + kWarp * (index_dim + 1);  // [kKeyWarps][head_dim]
-  float* q_idx = q + kKeyWarps * head_dim;                // [kKeyWarps][index_dim]
-  float* weights = q_idx + kKeyWarps * index_dim;         // [kKeyWarps][kWarp]
+  float* q_idx = q + kKeyWarps * head_dim;          // [kKeyWarps][index_dim]
+  float* weights = q_idx + kKeyWarps * index_dim;   // [kKeyWarps][kWarp]
   VisitorList& list = *reinterpret_cast<VisitorList*>(weights + kKeyWarps * kWarp);
 
   const auto token = [&](int i) { return tile.begin + i; };

@@ -14,27 +14,18 @@ namespace msa::cuda::generic {
 /// The switch is over a kernel parameter: the same way for all threads, and next to the load it costs nothing.
 __device__ inline float load_element(const std::byte* data, DType dtype, std::int64_t index) {
   switch (dtype) {
-    case DType::kBFloat16:
-      return to_float(reinterpret_cast<const BFloat16*>(data)[index]);
-    case DType::kFloat16:
-      return to_float(reinterpret_cast<const Float16*>(data)[index]);
-    case DType::kFloat8E4M3:
-      return to_float(reinterpret_cast<const Float8E4M3*>(data)[index]);
-    default:
-      return reinterpret_cast<const float*>(data)[index];
+    case DType::kBFloat16: return to_float(reinterpret_cast<const BFloat16*>(data)[index]);
+    case DType::kFloat16: return to_float(reinterpret_cast<const Float16*>(data)[index]);
+    case DType::kFloat8E4M3: return to_float(reinterpret_cast<const Float8E4M3*>(data)[index]);
+    default: return reinterpret_cast<const float*>(data)[index];
   }
 }
 
 __device__ inline void store_element(std::byte* data, DType dtype, std::int64_t index, float value) {
   switch (dtype) {
-    case DType::kBFloat16:
-      reinterpret_cast<BFloat16*>(data)[index] = from_float<BFloat16>(value);
-      return;
-    case DType::kFloat16:
-      reinterpret_cast<Float16*>(data)[index] = from_float<Float16>(value);
-      return;
-    default:
-      reinterpret_cast<float*>(data)[index] = value;
+    case DType::kBFloat16: reinterpret_cast<BFloat16*>(data)[index] = from_float<BFloat16>(value); return;
+    case DType::kFloat16: reinterpret_cast<Float16*>(data)[index] = from_float<Float16>(value); return;
+    default: reinterpret_cast<float*>(data)[index] = value;
   }
 }
 
@@ -58,8 +49,8 @@ __device__ inline int thread_in_block() { return static_cast<int>(threadIdx.x); 
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-/// a * b, rounded on its own: a score that the compiler fused with the subtraction of its maximum would be another number
-/// than the one whose maximum was taken, and exp of the difference could be anything when scores are huge.
+/// a * b, rounded on its own: a score that the compiler fused with the subtraction of its maximum would be another
+/// number than the one whose maximum was taken, and exp of the difference could be anything when scores are huge.
 __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 /// Shared memory of the block, as floats.
@@ -82,9 +73,8 @@ __device__ inline BatchView view_of(const BatchPointers& pointers) {
 /// Position of row `row` of sequence s, which is also its last visible token; -1 when its numbers are not usable.
 __device__ inline int query_position(const BatchView& batch, int s, std::int64_t row) {
   const int keys = batch.keys(s);
-  const int position = batch.query_positions != nullptr
-                           ? batch.query_positions[row]
-                           : keys - (batch.cu_seqlens_q[s + 1] - static_cast<int>(row));
+  const int position = batch.query_positions != nullptr ? batch.query_positions[row]
+                                                        : keys - (batch.cu_seqlens_q[s + 1] - static_cast<int>(row));
   return position < keys ? position : -1;
 }
 
@@ -103,8 +93,9 @@ __device__ inline const std::byte* key_row(const Keys& keys, const BatchView& ba
 
 // ---- what a row sees ------------------------------------------------------------------------------------------------
 
-/// Walks over a row's valid ids: ascending, visible. Whatever else stands in the row counts as absent, so that no id can
-/// lead to memory that is not the row's; only -1 can stand there when the ids were checked. Stops when body returns false.
+/// Walks over a row's valid ids: ascending, visible. Whatever else stands in the row counts as absent, so that no id
+/// can lead to memory that is not the row's; only -1 can stand there when the ids were checked. Stops when body returns
+/// false.
 template <class Body>
 __device__ inline void for_each_block(const BlockIds& blocks, std::int64_t group, std::int64_t row, int position,
                                       const Body& body) {
@@ -147,9 +138,7 @@ class Support {
     count_ = (selected - 1) * block_size_ + (in_last < block_size_ ? in_last : block_size_);
   }
   __device__ int count() const { return count_; }
-  __device__ int token(int i) const {
-    return is_dense_ ? i : ids_[i / block_size_] * block_size_ + i % block_size_;
-  }
+  __device__ int token(int i) const { return is_dense_ ? i : ids_[i / block_size_] * block_size_ + i % block_size_; }
 
  private:
   const int* ids_;

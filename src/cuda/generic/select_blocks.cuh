@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores, block maxima and top-k of one query row, which never leave the block of threads: a warp takes a group, a lane a
-// token. The index keys are shared by all groups, so a tile in shared memory serves kRowWarps of them. Tested in
+// Scores, block maxima and top-k of one query row, which never leave the block of threads: a warp takes a group, a lane
+// a token. The index keys are shared by all groups, so a tile in shared memory serves kRowWarps of them. Tested in
 // tests/cuda/generic_select_test.cc.
 #pragma once
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the generic kernels are handed: tensors, batch and block ids as plain values, copied into the kernel's parameters.
-// Made on the host from the operators' params, from shapes and strides alone: nothing here follows a device pointer.
-// Tested in tests/cuda/generic_plan_test.cc.
+// What the generic kernels are handed: tensors, batch and block ids as plain values, copied into the kernel's
+// parameters. Made on the host from the operators' params, from shapes and strides alone: nothing here follows a device
+// pointer. Tested in tests/cuda/generic_plan_test.cc.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything an operator can run on here: the reference, and the cpu backend once for each instruction set of this
-// machine, or the emulated GPU in the program that is linked with one. A test loops over them with for_each_target(), so
-// that what it expects is worked out once.
+// machine, or the emulated GPU in the program that is linked with one. A test loops over them with for_each_target(),
+// so that what it expects is worked out once.
 #pragma once
 
 #include <gtest/gtest.h>
