@@ -55,9 +55,9 @@ __device__ __forceinline__ TopkCut find_cut(std::uint32_t low, std::uint32_t hig
 }
 
 /// Keeps the topk best of `count` >= topk survivors, equal ones by lower id; they stay in order. Returns the least key
-/// kept.
-__device__ inline std::uint32_t keep_best(TopkSurvivors& survivors, int count, int topk, int lane) {
-  constexpr int kWindows = TopkSurvivors::kCapacity / kWarpSize;
+/// kept. A lane holds kWindows keys.
+template <int kWindows>
+__device__ __forceinline__ std::uint32_t keep_best_of(TopkSurvivors& survivors, int count, int topk, int lane) {
   std::uint32_t keys[kWindows];
   std::uint32_t low = 0xffffffffu;
   std::uint32_t high = 0;
@@ -105,6 +105,13 @@ __device__ inline std::uint32_t keep_best(TopkSurvivors& survivors, int count, i
   }
   __syncwarp();
   return __reduce_min_sync(kFullMask, worst);
+}
+
+__device__ inline std::uint32_t keep_best(TopkSurvivors& survivors, int count, int topk, int lane) {
+  constexpr int kFew = 2;  // what one piece leaves at topk 32, random scores: half the instructions
+  return count <= kFew * kWarpSize
+             ? keep_best_of<kFew>(survivors, count, topk, lane)
+             : keep_best_of<TopkSurvivors::kCapacity / kWarpSize>(survivors, count, topk, lane);
 }
 
 /// A piece of a row in registers: lane l holds the scores first + 128 v + 4 l + c, in values[4 v + c].

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 
-#include "src/cuda/select_blocks.cu"
+#include "src/cuda/device.cuh"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/selection.h"
 #include "tests/unit/support/targets.h"
@@ -110,16 +110,16 @@ TEST_P(CudaSelect, EqualsTheReferenceOnExactInputs) {
   Random random(3);
   problem.q_idx.fill_integers(random, 2);
   problem.k_idx.fill_integers(random, 2);
+  std::size_t turn = GetParam();
   for (const auto& [local, init] : std::vector<std::pair<int, int>>{{1, 0}, {0, 0}, {2, 1}, {0, 3}}) {
     SCOPED_TRACE("local_blocks " + std::to_string(local) + ", init_blocks " + std::to_string(init));
     problem.local_blocks = local;
     problem.init_blocks = init;
     const Tensor expected = run_select(reference_context(), problem.select_params());
     for (const SelectSchedule schedule : kSchedules) {
-      for (const emulator::Options& options : kOptions) {
-        const emulator::WithOptions with(options);
-        expect_same_bytes("blocks", run_cuda(problem.select_params(), schedule), expected);
-      }
+      // Over the four choices, every schedule meets every kind of asynchrony and order.
+      const emulator::WithOptions with(kOptions[turn++ % 3]);
+      expect_same_bytes("blocks", run_cuda(problem.select_params(), schedule), expected);
     }
   }
 }
