@@ -51,8 +51,9 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule) {
   if (many) {
     plan.span_tiles = kSelectManySpan;
   } else {  // four items a multiprocessor, if all sequences together have max_keys (packed), more if each has them
-    plan.span_tiles = std::clamp(round_up_to(divide_up(plan.most_key_tiles, 4 * kSelectProcessors), kSelectSpanMultiple),
-                                 kSelectSpanMultiple, kSelectFewSpan);
+    plan.span_tiles =
+        std::clamp(round_up_to(divide_up(plan.most_key_tiles, 4 * kSelectProcessors), kSelectSpanMultiple),
+                   kSelectSpanMultiple, kSelectFewSpan);
   }
   plan.maxima_stride = round_up_to(plan.most_key_tiles * kSelectTileKeys / shape.block_size, 8);
 
@@ -64,7 +65,8 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule) {
   plan.chunks = plan.chunk_queries == 0 ? 0 : divide_up(shape.query_rows, plan.chunk_queries);
 
   const std::int64_t chunk_rows = plan.chunk_queries * shape.groups;
-  plan.most_tiles = chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, plan.chunk_queries);
+  plan.most_tiles =
+      chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, plan.chunk_queries);
   plan.most_items = plan.most_tiles * divide_up(plan.most_key_tiles, plan.span_tiles);
 
   std::size_t at = 0;

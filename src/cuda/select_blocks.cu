@@ -5,8 +5,8 @@
 namespace msa::cuda {
 namespace {
 
-/// Index keys as [pages, page, index_dim], packed ones as one page; a copy takes half a row of 128 elements of 64 or 128
-/// tokens.
+/// Index keys as [pages, page, index_dim], packed ones as one page; a copy takes half a row of 128 elements of 64 or
+/// 128 tokens.
 TensorMap map_keys(const SelectBlocksParams& params) {
   const ConstTensorView& k = params.k_idx;
   const int token_dim = k.rank - 2;
@@ -52,9 +52,10 @@ void launch_schedule(const SelectPlan& plan, const SelectArgs& args, const Selec
 template <class Element>
 void launch_geometry(const SelectPlan& plan, const SelectArgs& args, const SelectBlocksParams& params,
                      const TensorMap& keys, unsigned grid, void* stream) {
-  const auto run = params.q_idx.size(2) == 128
-                       ? (params.block_size == 128 ? launch_schedule<Element, 128, 128> : launch_schedule<Element, 128, 64>)
-                       : (params.block_size == 128 ? launch_schedule<Element, 64, 128> : launch_schedule<Element, 64, 64>);
+  const auto run =
+      params.q_idx.size(2) == 128
+          ? (params.block_size == 128 ? launch_schedule<Element, 128, 128> : launch_schedule<Element, 128, 64>)
+          : (params.block_size == 128 ? launch_schedule<Element, 64, 128> : launch_schedule<Element, 64, 64>);
   run(plan, args, params, keys, grid, stream);
 }
 
@@ -105,8 +106,8 @@ void launch_select(const SelectPlan& plan, const SelectBlocksParams& params, con
     const TopkPlan ranking = plan_topk(std::int64_t{args.queries} * args.groups, plan.maxima_stride, multiprocessors);
     const auto select = ranking.vectors == kTopkNarrowVectors ? select_rows_kernel<kTopkNarrowVectors>
                                                               : select_rows_kernel<kTopkWideVectors>;
-    launch_dependent(dim3(static_cast<unsigned>(ranking.thread_blocks)), dim3(kTopkWarps * kWarpSize), 0, stream, select,
-                     args, out);
+    launch_dependent(dim3(static_cast<unsigned>(ranking.thread_blocks)), dim3(kTopkWarps * kWarpSize), 0, stream,
+                     select, args, out);
   }
 }
 

@@ -32,19 +32,19 @@ struct SelectItem {
 /// What the kernels of a chunk share.
 struct SelectArgs {
   BatchView batch;
-  std::int32_t first_query = 0;    ///< of the chunk
-  std::int32_t queries = 0;        ///< of the chunk, padding included
+  std::int32_t first_query = 0;  ///< of the chunk
+  std::int32_t queries = 0;      ///< of the chunk, padding included
   std::int32_t groups = 1;
   std::int32_t block_size = 128;
   std::int32_t topk = 16;
-  std::int32_t local_blocks = 1;   ///< capped at topk
-  std::int32_t init_blocks = 0;    ///< capped at topk
+  std::int32_t local_blocks = 1;  ///< capped at topk
+  std::int32_t init_blocks = 0;   ///< capped at topk
   std::int32_t tile_rows = 64;
   std::int32_t span_tiles = 1;
-  std::int32_t most_tiles = 0;     ///< the room of the lists, which unchecked sequence bounds cannot overrun
+  std::int32_t most_tiles = 0;  ///< the room of the lists, which unchecked sequence bounds cannot overrun
   std::int32_t most_key_tiles = 0;
   std::int32_t most_items = 0;
-  std::int32_t page = 0;           ///< tokens a page; 0 when packed
+  std::int32_t page = 0;  ///< tokens a page; 0 when packed
   std::int32_t pages = 0;
   std::int32_t* item_count = nullptr;
   std::int32_t* sequence_tiles = nullptr;  ///< [sequences + 1], the first tile of each
@@ -62,12 +62,12 @@ struct ForcedRange {
 __device__ __forceinline__ ForcedRange forced_range(const SelectArgs& args, std::int32_t visible) {
   ForcedRange range;
   range.local_begin = visible - min_of(args.local_blocks, visible);
-  range.init_end =
-      min_of(min_of(args.init_blocks, range.local_begin), args.topk - (visible - range.local_begin));
+  range.init_end = min_of(min_of(args.init_blocks, range.local_begin), args.topk - (visible - range.local_begin));
   return range;
 }
 
-// Lists ----------------------------------------------------------------------------------------------------------------
+// Lists
+// ----------------------------------------------------------------------------------------------------------------
 
 inline constexpr int kListThreads = 1024;
 
@@ -83,8 +83,8 @@ __device__ __forceinline__ ChunkRange chunk_range(const SelectArgs& args, std::i
   return range;
 }
 
-/// One thread block: the tiles of the chunk, then its items, span by span, so that multiprocessors that work at the same
-/// time read the same keys. The order within a span is whatever the threads make it; no result depends on it.
+/// One thread block: the tiles of the chunk, then its items, span by span, so that multiprocessors that work at the
+/// same time read the same keys. The order within a span is whatever the threads make it; no result depends on it.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) list_items_kernel(const SelectArgs args) {
   __shared__ std::int32_t warp_sums[kThreads / kWarpSize];
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads) list_items_kernel(const SelectArgs a
     // Rows with few blocks take them all; forced ones need no score either. The last row has most to choose from.
     if (visible > args.topk) {
       const std::int32_t choices = forced_range(args, visible).local_begin;
-      tile.key_tiles = min_of(
-          ceil_div(choices * args.block_size, static_cast<std::int32_t>(kSelectTileKeys)), args.most_key_tiles);
+      tile.key_tiles =
+          min_of(ceil_div(choices * args.block_size, static_cast<std::int32_t>(kSelectTileKeys)), args.most_key_tiles);
     }
     args.tiles[t] = tile;
     atomicMax(&most_spans, ceil_div(tile.key_tiles, args.span_tiles));
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kThreads) list_items_kernel(const SelectArgs a
   if (thread == 0) *args.item_count = min_of(items, args.most_items);
 }
 
-// Scores ---------------------------------------------------------------------------------------------------------------
+// Scores
+// ---------------------------------------------------------------------------------------------------------------
 
 /// kSlabs: tiles of 64 rows, one matrix instruction high, a warpgroup. The warp behind the warpgroups feeds them.
 template <class Element, int kDim, int kBlock, int kWarpgroups, int kSlabs>
@@ -227,7 +228,8 @@ __device__ __forceinline__ float2 block_maxima(const float (&scores)[64]) {
 
 template <class Element, int kDim, int kBlock, int kWarpgroups, int kSlabs>
 __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
-    score_blocks_kernel(const SelectArgs args, const Strided<const Element> q_idx, const __grid_constant__ TensorMap keys) {
+    score_blocks_kernel(const SelectArgs args, const Strided<const Element> q_idx,
+                        const __grid_constant__ TensorMap keys) {
   using Shape = ScoreKernel<Element, kDim, kBlock, kWarpgroups, kSlabs>;
   std::byte* const queries = shared_memory();
   std::byte* const stages = queries + Shape::kQueryBytes;
@@ -306,7 +308,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
     const SelectTile& tile = work.tile;
     const std::int32_t first_row = warpgroup * kSlabs * 64;  // of the warpgroup, in the tile
 
-    ptx::named_sync(barrier, 128);  // all products of the last item are done
+    ptx::named_sync(barrier, 128);     // all products of the last item are done
     constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
     constexpr int kRowStep = 128 / kChunks;
     constexpr int kLoads = min_of(8, kSlabs * 64 / kRowStep);  // before the first store: one latency for all of them
@@ -369,8 +371,9 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
           const auto half = static_cast<std::uint32_t>(k / 4);
           ptx::wgmma<Shape::kTileKeys, Element>(
               scores[slab],
-              ptx::advance(query_operand,
-                           (static_cast<std::uint32_t>(slab) * Shape::kHalves + half) * Shape::kSlabHalfBytes + step_bytes),
+              ptx::advance(
+                  query_operand,
+                  (static_cast<std::uint32_t>(slab) * Shape::kHalves + half) * Shape::kSlabHalfBytes + step_bytes),
               ptx::advance(key_tile, half * Shape::kKeyHalfBytes + step_bytes), k > 0);
         }
         ptx::wgmma_commit();
@@ -416,7 +419,8 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
   }
 }
 
-// Choice ---------------------------------------------------------------------------------------------------------------
+// Choice
+// ---------------------------------------------------------------------------------------------------------------
 
 /// A warp a row of the chunk, padding rows included.
 template <int kVectors>

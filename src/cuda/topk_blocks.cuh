@@ -109,9 +109,8 @@ __device__ __forceinline__ std::uint32_t keep_best_of(TopkSurvivors& survivors, 
 
 __device__ inline std::uint32_t keep_best(TopkSurvivors& survivors, int count, int topk, int lane) {
   constexpr int kFew = 2;  // what one piece leaves at topk 32, random scores: half the instructions
-  return count <= kFew * kWarpSize
-             ? keep_best_of<kFew>(survivors, count, topk, lane)
-             : keep_best_of<TopkSurvivors::kCapacity / kWarpSize>(survivors, count, topk, lane);
+  return count <= kFew * kWarpSize ? keep_best_of<kFew>(survivors, count, topk, lane)
+                                   : keep_best_of<TopkSurvivors::kCapacity / kWarpSize>(survivors, count, topk, lane);
 }
 
 /// A piece of a row in registers: lane l holds the scores first + 128 v + 4 l + c, in values[4 v + c].
@@ -181,14 +180,13 @@ struct TopkPiece {
     }
     const std::uint32_t low = min_of(min_of(keys[0], keys[1]), min_of(keys[2], keys[3]));
     const std::uint32_t high = max_of(max_of(keys[0], keys[1]), max_of(keys[2], keys[3]));
-    const TopkCut cut =
-        find_cut(__reduce_min_sync(kFullMask, low), __reduce_max_sync(kFullMask, high), kGroups * kWarpSize, topk,
-                 topk + topk / 4, [&](std::uint32_t key) {
-                   int reaching = 0;
+    const TopkCut cut = find_cut(__reduce_min_sync(kFullMask, low), __reduce_max_sync(kFullMask, high),
+                                 kGroups * kWarpSize, topk, topk + topk / 4, [&](std::uint32_t key) {
+                                   int reaching = 0;
 #pragma unroll
-                   for (int g = 0; g < kGroups; ++g) reaching += keys[g] >= key ? 1 : 0;
-                   return __reduce_add_sync(kFullMask, reaching);
-                 });
+                                   for (int g = 0; g < kGroups; ++g) reaching += keys[g] >= key ? 1 : 0;
+                                   return __reduce_add_sync(kFullMask, reaching);
+                                 });
     return score_of_key(cut.key);
   }
 
@@ -343,7 +341,8 @@ __global__ void __launch_bounds__(kTopkWarps* kWarpSize, kTopkBlocksPerProcessor
     const auto skip = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(row) % 16 / sizeof(float));
     const int count = warp_topk<kVectors>(row - skip, skip, skip + blocks, topk, survivors[warp], lane);
     std::int32_t* out = ids + r * ids_stride;
-    for (int i = lane; i < topk; i += kWarpSize) out[i] = i < count ? survivors[warp].ids[i] - static_cast<std::int32_t>(skip) : -1;
+    for (int i = lane; i < topk; i += kWarpSize)
+      out[i] = i < count ? survivors[warp].ids[i] - static_cast<std::int32_t>(skip) : -1;
     __syncwarp();
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block selection by the CUDA kernels in the emulator: equal to the reference wherever arithmetic is exact, right within
-// rounding elsewhere, the same bits whatever the schedule, chunk, layout and order of work; and its plan.
+// Block selection by the CUDA kernels in the emulator: equal to the reference wherever arithmetic is exact, right
+// within rounding elsewhere, the same bits whatever the schedule, chunk, layout and order of work; and its plan.
 #include "src/cuda/select_blocks.h"
 
 #include <gtest/gtest.h>
@@ -28,9 +28,7 @@ constexpr SelectSchedule kSchedules[] = {SelectSchedule::kFewRows, SelectSchedul
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes) : bytes_(bytes), memory_(bytes + 2 * 256, std::byte{0xff}) {}
-  void* data() {
-    return memory_.data() + (256 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 256) % 256;
-  }
+  void* data() { return memory_.data() + (256 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 256) % 256; }
   bool guard_intact() {
     const auto* end = static_cast<std::byte*>(data()) + bytes_;
     for (; end != memory_.data() + memory_.size(); ++end) {
@@ -86,13 +84,15 @@ const emulator::Options kOptions[] = {
 };
 
 Case make_case(std::int64_t groups, std::int64_t dim, std::int64_t block, std::int64_t topk,
-               std::vector<Lengths> lengths, DType dtype, Layout layout = Layout::kContiguous, std::int64_t padding = 0) {
+               std::vector<Lengths> lengths, DType dtype, Layout layout = Layout::kContiguous,
+               std::int64_t padding = 0) {
   return {{groups, groups, 16, 16, dim, block, topk}, std::move(lengths), dtype, dtype, layout, padding};
 }
 
 const std::vector<Case> kCases = {
     make_case(1, 64, 64, 1, {{1, 1}, {1, 200}, {3, 64}, {2, 129}}, DType::kBFloat16),
-    make_case(4, 128, 128, 2, {{1, 128}, {1, 641}, {2, 513}, {0, 300}, {16, 1030}}, DType::kBFloat16, Layout::kContiguous, 3),
+    make_case(4, 128, 128, 2, {{1, 128}, {1, 641}, {2, 513}, {0, 300}, {16, 1030}}, DType::kBFloat16,
+              Layout::kContiguous, 3),
     make_case(3, 128, 64, 3, {{90, 700}, {5, 5}, {30, 400}}, DType::kFloat16, Layout::kHeadsFirst, 1),
     make_case(5, 64, 128, 2, {{0, 0}, {60, 800}, {1, 1}, {7, 900}}, DType::kFloat16),
     make_case(2, 64, 64, 5, {{300, 1000}}, DType::kBFloat16, Layout::kHeadsFirst),
@@ -190,8 +190,10 @@ TEST(CudaSelectRules, SampledQueriesSelectAsInTheWhole) {
 }
 
 /// One group, index_dim 64, q_idx = (1, 0, ...), k_idx[j] = (scores[j], 0, ...); the last tokens query.
-Problem with_scores(const std::vector<double>& scores, std::int64_t block, std::int64_t topk, std::int64_t queries = 1) {
-  Problem problem(make_case(1, 64, block, topk, {{queries, static_cast<std::int64_t>(scores.size())}}, DType::kBFloat16));
+Problem with_scores(const std::vector<double>& scores, std::int64_t block, std::int64_t topk,
+                    std::int64_t queries = 1) {
+  Problem problem(
+      make_case(1, 64, block, topk, {{queries, static_cast<std::int64_t>(scores.size())}}, DType::kBFloat16));
   problem.q_idx.fill(0);
   problem.k_idx.fill(0);
   for (std::int64_t t = 0; t < queries; ++t) problem.q_idx.set(1, t, 0, 0);
@@ -258,7 +260,8 @@ TEST(CudaSelectRules, MissingPagesAreNeverAddressed) {
   paged.pages.page_table[1] = -1;
   paged.pages.page_table[2] = 1 << 30;
   paged.pages.page_table[4] = -5;
-  for (const SelectSchedule schedule : kSchedules) expect_well_formed(problem, run_cuda(paged.select_params(), schedule));
+  for (const SelectSchedule schedule : kSchedules)
+    expect_well_formed(problem, run_cuda(paged.select_params(), schedule));
 }
 
 TEST(CudaSelectRules, NothingToSelect) {
