@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 
-#include "src/cuda/device.cuh"
+#include "src/cuda/select_blocks.cu"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/selection.h"
 #include "tests/unit/support/targets.h"

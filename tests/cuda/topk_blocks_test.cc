@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "msa/topk.h"
-#include "src/cuda/device.cuh"
+#include "src/cuda/topk_blocks.cu"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tensor.h"
 #include "tests/unit/support/tolerance.h"
