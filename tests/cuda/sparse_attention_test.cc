@@ -9,7 +9,7 @@
 #include <limits>
 #include <memory>
 
-#include "src/cuda/sparse_attention.cuh"
+#include "src/cuda/sparse_attention.cu"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tolerance.h"
