@@ -9,7 +9,9 @@ target_compile_options(
             # A compiler that fuses a*b+c where it likes would round the same row differently in different loops.
             $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
 if(MSA_SANITIZE)
-  target_compile_options(msa_compile_options INTERFACE -fsanitize=${MSA_SANITIZE} -fno-omit-frame-pointer
-                                                       -fno-sanitize-recover=all)
+  # For the C++ compiler alone: nvcc does not know these.
+  target_compile_options(
+    msa_compile_options
+    INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${MSA_SANITIZE};-fno-omit-frame-pointer;-fno-sanitize-recover=all>")
   target_link_options(msa_compile_options INTERFACE -fsanitize=${MSA_SANITIZE})
 endif()

@@ -103,7 +103,7 @@ def build_preset(preset, targets=("all",)):
 
 def suite_unit():
     count = Count()
-    for binary in ("msa_tests", "files_tests", "model_tests"):
+    for binary in ("msa_tests", "cuda_emulation_tests", "files_tests", "model_tests"):
         count.add(run_gtest(binary, BUILD / "bin" / binary))
     count.add(run_ctest("examples", BUILD, "-R", "^example_"))
     return count

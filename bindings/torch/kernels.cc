@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Schemas of the torch operators and their CPU, CUDA and Meta kernels. A Meta kernel checks ranks and dtypes and makes
 // the outputs; the others do the same, then turn tensors into views and call the library, which checks everything else:
-// all are one function, a template of where it where. On a GPU the library works on torch's current stream, in a
+// all are one function, a template of where it computes. On a GPU the library works on torch's current stream, in a
 // workspace from torch's allocator; both are asked for through libc10, so that nothing of CUDA is linked here. The
 // packed and the paged form of an operator are one function, too: they differ in how the keys lie. Autograd is in
 // autograd.cc. Tested in tests/python/test_ops*.py and tests/cuda/test_gpu_*.py.
@@ -32,7 +32,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 using TensorPair = std::tuple<Tensor, Tensor>;
 using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
 
-/// Where a kernel where; a Meta kernel does not.
+/// Where a kernel computes; a Meta kernel does not.
 enum class Where { kMeta, kCpu, kCuda };
 
 // ---- Checks that come before a view can be made ----

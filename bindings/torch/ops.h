@@ -4,10 +4,10 @@
 //
 // Common rules. Batches are packed: tokens of all sequences one after the other, cu_seqlens_q and cu_seqlens_k int32
 // [B+1] starting at 0. Floating tensors are float32, bfloat16 or float16 (q, k, v alike; q_idx and k_idx alike, but
-// they may differ from q), on the CPU or all on one GPU, with any strides. Integer tensors are int32. Rows after the last sequence are
-// inert. Bad input throws c10::Error (RuntimeError in Python) and names the argument. Threads: at::get_num_threads().
-// The environment variable MSA_BACKEND (auto, reference, cpu) picks the implementation for tensors on the CPU, for
-// debugging. On a GPU (docs/cuda.md) the work goes to torch's current stream.
+// they may differ from q), on the CPU or all on one GPU, with any strides. Integer tensors are int32. Rows after the
+// last sequence are inert. Bad input throws c10::Error (RuntimeError in Python) and names the argument. Threads:
+// at::get_num_threads(). The environment variable MSA_BACKEND (auto, reference, cpu) picks the implementation for
+// tensors on the CPU, for debugging. On a GPU (docs/cuda.md) the work goes to torch's current stream.
 //
 // query_positions, where given, is int32 [Tq]: the position of every query in its sequence, strictly ascending within a
 // sequence, in place of the default "the last Lq positions". It lets a call take any sample of a sequence's rows.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GPU of Backend::kCuda: whether this build and this machine have one, and device memory for programs that have no
-// CUDA runtime of their own to allocate it with. Tested, on a device, in tests/cuda.
+// CUDA runtime of their own to allocate it with. The device memory has no test yet: nothing has run on a GPU.
 #pragma once
 
 #include <cstddef>

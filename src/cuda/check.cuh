@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One kernel that holds cu_seqlens, page table, positions and block ids against the rules of SPEC section 7 and raises a
-// flag when one is broken. Every element is looked at on its own, and no index is taken from an element that was not
-// looked at first, so that it touches nothing out of range whatever the arrays hold. It does not say which rule: the host
-// finds that out on copies (src/ops/device_call.cc). Tested in tests/cuda/check_test.cc.
+// One kernel that holds cu_seqlens, page table, positions and block ids against the rules of SPEC section 7 and raises
+// a flag when one is broken. Every element is looked at on its own, and no index is taken from an element that was not
+// looked at first, so that it touches nothing out of range whatever the arrays hold. It does not say which rule: the
+// host finds that out on copies (src/ops/device_call.cc). Tested in tests/cuda/check_test.cc.
 #pragma once
 
 #include "src/cuda/batch.cuh"
@@ -13,8 +13,8 @@ namespace msa::cuda {
 struct CheckArguments {
   BatchView batch;
   std::int64_t query_rows = 0;
-  std::int64_t key_rows = 0;      ///< packed: rows; paged: pages
-  std::int64_t page = 0;          ///< tokens a page; 0 when packed
+  std::int64_t key_rows = 0;  ///< packed: rows; paged: pages
+  std::int64_t page = 0;      ///< tokens a page; 0 when packed
   std::int64_t table_entries = 0;
   Strided<const std::int32_t> blocks;  ///< data null: none
   std::int64_t kv_heads = 0, block_rows = 0;

@@ -177,6 +177,7 @@ inline void clear_memory(void* /*stream*/, void* device, std::size_t bytes) { st
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // not to be found by a later call
   std::string text = what;
   text += ": CUDA says: ";
   text += cudaGetErrorString(status);

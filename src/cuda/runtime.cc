@@ -118,6 +118,9 @@ void copy_to_host(const Context& context, void* host, const void* device, std::s
 }
 
 void copy_to_device(const Context& context, void* device, const void* host, std::size_t bytes) {
+  if (is_capturing(context)) {
+    throw Error("stream: is capturing a graph; a call that takes a number from the host cannot be part of one");
+  }
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_of(context)), "copy to the device");
   check(cudaStreamSynchronize(stream_of(context)), "copy to the device");
 }

@@ -187,13 +187,13 @@ struct ScoreKernel {
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
-struct WorkItem {
+struct SelectWork {
   SelectTile tile;
   std::int32_t begin, end;  ///< key tiles
 };
-__device__ __forceinline__ WorkItem read_item(const SelectArgs& args, std::int32_t i) {
+__device__ __forceinline__ SelectWork read_item(const SelectArgs& args, std::int32_t i) {
   const SelectItem item = args.items[i];
-  WorkItem work;
+  SelectWork work;
   work.tile = args.tiles[item.tile];
   work.begin = item.span * args.span_tiles;
   work.end = min_of(work.begin + args.span_tiles, work.tile.key_tiles);
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
     const bool in_halves = args.page % Shape::kTileKeys != 0;
     const int box_keys = in_halves ? 64 : Shape::kTileKeys;
     for (auto i = static_cast<std::int32_t>(blockIdx.x); i < items; i += step) {
-      const WorkItem work = read_item(args, i);
+      const SelectWork work = read_item(args, i);
       const std::int32_t s = work.tile.sequence;
       for (std::int32_t t = work.begin; t < work.end; ++t) {
         ptx::wait(empty + stage, parity ^ 1u);
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
   const auto barrier = static_cast<std::uint32_t>(1 + warpgroup);
 
   for (auto i = static_cast<std::int32_t>(blockIdx.x); i < items; i += step) {
-    const WorkItem work = read_item(args, i);
+    const SelectWork work = read_item(args, i);
     const SelectTile& tile = work.tile;
     const std::int32_t first_row = warpgroup * kSlabs * 64;  // of the warpgroup, in the tile
 

@@ -57,7 +57,8 @@ bool is_copyable(const ConstTensorView& view) {
   // Pointers are null while only the workspace is asked for.
   if (reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) return false;
   for (int d = 0; d + 1 < view.rank; ++d) {
-    if (view.stride(d) * 2 % 16 != 0) return false;
+    // Strides of a single element say nothing; a stride of 0 (an expanded tensor) is not for the copy engine.
+    if (view.size(d) > 1 && (view.stride(d) * 2 % 16 != 0 || view.stride(d) == 0)) return false;
   }
   return true;
 }

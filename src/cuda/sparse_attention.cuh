@@ -53,8 +53,8 @@ struct AttendMemory {
   static constexpr std::uint32_t kStagings = kQueries + 2 * kQueryTile;            ///< one a consumer warp
   static constexpr std::uint32_t kVisits = kStagings + kConsumerWarps * kStaging;  ///< two stages of a tile's visits
   static constexpr std::uint32_t kItems = kVisits + 2 * kTileRows * sizeof(Visit);
-  static constexpr std::uint32_t kFirstNonFinite = kItems + 2 * sizeof(WorkItem);  ///< [D] keys, then a flag
-  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + (D + 1) * 4, 8);
+  static constexpr std::uint32_t kFirstNonFinite = kItems + 2 * sizeof(WorkItem);  ///< a stage: [D] keys, then a flag
+  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + 2 * (D + 1) * 4, 8);
   static constexpr std::uint32_t kBytes = kBarriers + 8 * 8;
 };
 static_assert(AttendMemory<128, 128>::kBytes <= 227 * 1024, "what a block may have on this chip");
@@ -236,7 +236,7 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
   for (int i = 0; i < kBlock / 2; ++i) {
     const int h = i / 2 % 2;
     const std::int32_t column = 8 * (i / 4) + 2 * static_cast<std::int32_t>(lane % 4) + i % 2;
-    s[i] = column < visible[h] ? s[i] * a.scale_log2 : -infinity();
+    s[i] = column < visible[h] ? __fmul_rn(s[i], a.scale_log2) : -infinity();  // never fused: top is such a product
     top[h] = fmaxf(top[h], s[i]);
   }
   float sum[2] = {0, 0};
@@ -286,6 +286,11 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
       if (first_non_finite[column] < visible[i / 2 % 2]) o[i] = quiet_nan();
     }
   }
+  // Infinite values give NaN in a partial item: in every item, then, or a row's bits would depend on its company.
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) {
+    if (fabsf(o[i]) == infinity()) o[i] = quiet_nan();
+  }
 
   // Out through the warp's own staging rows, 16 bytes a lane: eight lanes write the 128 bytes of a row's column.
   std::int64_t targets[4];
@@ -326,7 +331,6 @@ __device__ __forceinline__ void consume(const AttendArguments<T>& a, std::byte* 
   const std::uint32_t thread = threadIdx.x - 128;
   const std::uint32_t lane = thread % kWarpSize;
   std::byte* staging = memory + Memory::kStagings + thread / kWarpSize * Memory::kStaging;
-  auto* first_non_finite = reinterpret_cast<std::int32_t*>(memory + Memory::kFirstNonFinite);
   std::uint32_t tile = 0;
   for (std::uint32_t number = 0;; ++number) {
     const std::uint32_t stage = number % 2;
@@ -335,6 +339,8 @@ __device__ __forceinline__ void consume(const AttendArguments<T>& a, std::byte* 
     if (item.count < 0) return;
     std::byte* keys = memory + Memory::kKeys + stage * 2 * Memory::kKeyTile;
     std::byte* values = keys + Memory::kKeyTile;
+    // A stage has its own: a warpgroup may start the next item while the other still reads this one's.
+    auto* first_non_finite = reinterpret_cast<std::int32_t*>(memory + Memory::kFirstNonFinite) + stage * (D + 1);
     if (item.is_partial != 0) remove_non_finite<T, D, kBlock>(values, first_non_finite, thread);
     for (std::int32_t done = 0; done < item.count; done += a.positions, ++tile) {
       const std::uint32_t at = tile % 2;
@@ -383,6 +389,12 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
 // The call
 // -------------------------------------------------------------------------------------------------------------
 
+/// Bytes from one to the next along dimension d; where there is one only, something that a tensor map takes.
+inline std::uint64_t map_stride(const ConstTensorView& view, int d) {
+  const std::int64_t stride = view.size(d) > 1 ? view.stride(d) : view.size(view.rank - 1);
+  return static_cast<std::uint64_t>(stride) * 2;
+}
+
 /// Keys or values as the copy engine takes a block out of them: [D, heads, token, page], packed as one long page.
 template <int D, int kBlock>
 TensorMap map_keys(const ConstTensorView& view, bool is_paged) {
@@ -394,9 +406,9 @@ TensorMap map_keys(const ConstTensorView& view, bool is_paged) {
   spec.extents[1] = static_cast<std::uint64_t>(view.size(token + 1));
   spec.extents[2] = static_cast<std::uint64_t>(view.size(token));
   spec.extents[3] = is_paged ? static_cast<std::uint64_t>(view.size(0)) : 1;
-  spec.strides[1] = static_cast<std::uint64_t>(view.stride(token + 1)) * 2;
-  spec.strides[2] = static_cast<std::uint64_t>(view.stride(token)) * 2;
-  spec.strides[3] = is_paged ? static_cast<std::uint64_t>(view.stride(0)) * 2 : spec.strides[2];
+  spec.strides[1] = map_stride(view, token + 1);
+  spec.strides[2] = map_stride(view, token);
+  spec.strides[3] = is_paged ? map_stride(view, 0) : spec.strides[2];
   spec.box[0] = 64;
   spec.box[2] = kBlock;
   return make_tensor_map(spec);
@@ -411,8 +423,8 @@ TensorMap map_queries(const ConstTensorView& view, std::int64_t group_size) {
   spec.extents[0] = D;
   spec.extents[1] = static_cast<std::uint64_t>(view.size(1));
   spec.extents[2] = static_cast<std::uint64_t>(view.size(0));
-  spec.strides[1] = static_cast<std::uint64_t>(view.stride(1)) * 2;
-  spec.strides[2] = static_cast<std::uint64_t>(view.stride(0)) * 2;
+  spec.strides[1] = map_stride(view, 1);
+  spec.strides[2] = map_stride(view, 0);
   spec.box[0] = 64;
   spec.box[1] = static_cast<std::uint32_t>(group_size);
   return make_tensor_map(spec);

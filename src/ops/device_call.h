@@ -2,7 +2,7 @@
 // What the front door does for a call on a GPU, once the shapes are checked: takes its own piece of the workspace,
 // holds the rest against what the operator needs, and has a kernel check what lies in device memory. When that finds a
 // broken rule, the arrays are copied to the host and go through the host's own checks, so that the message is the same.
-// Tested in tests/unit/validate_test.cc and, on a device, in tests/cuda/test_gpu_errors.py.
+// Tested in tests/unit/validate_test.cc and, where there is a device, in tests/cuda/test_gpu_errors.py.
 #pragma once
 
 #include <cstddef>

@@ -24,9 +24,9 @@ using msa::testing::expect_same_bytes;
 using msa::testing::expect_within_rule;
 using msa::testing::Layout;
 using msa::testing::Lengths;
+using msa::testing::naive_attention;
 using msa::testing::PagedProblem;
 using msa::testing::Problem;
-using msa::testing::naive_attention;
 using msa::testing::run_sparse;
 using msa::testing::Tensor;
 

@@ -94,7 +94,7 @@ __global__ void attend_rows(AttendArgs args) {
 }
 
 inline void run_attention(void* stream, const AttendPlan& plan) {
-  start(stream, plan.args.v.data == nullptr ? attend_rows<false> : attend_rows<true>, plan.shape, plan.args);
+  start(stream, plan.args.out.data == nullptr ? attend_rows<false> : attend_rows<true>, plan.shape, plan.args);
 }
 
 }  // namespace msa::cuda::generic
