@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the test suites and ends with one line: "N passed, N failed[, N skipped]".
 
-Suites: unit (C++ tests and examples of the release build), static (layering, public headers), python (operators, models,
+Suites: unit (C++ tests and examples of the release build), emulation (the CUDA kernels, run by an emulator on the CPU),
+static (layering, public headers, what the CUDA compiler makes of the kernels), python (operators, models,
 operators on a GPU, command line, main job on a tiny model), asan (unit tests under address and undefined-behaviour sanitizers), tsan (threaded
 tests under the thread sanitizer), fuzz (a short run of each fuzzer). Output of a suite is shown when it fails; every log
 stays in build/test-logs.
@@ -103,7 +104,7 @@ def build_preset(preset, targets=("all",)):
 
 def suite_unit():
     count = Count()
-    for binary in ("msa_tests", "cuda_emulation_tests", "files_tests", "model_tests"):
+    for binary in ("msa_tests", "files_tests", "model_tests"):
         count.add(run_gtest(binary, BUILD / "bin" / binary))
     count.add(run_ctest("examples", BUILD, "-R", "^example_"))
     return count
@@ -118,6 +119,13 @@ def suite_python():
     count.add(run_pytest("gpu", "tests/cuda"))
     count.add(run_pytest("integration", "tests/integration"))
     return count
+
+
+def suite_emulation():
+    build = ["cmake", "--build", str(BUILD), "-j", str(os.cpu_count() or 1), "--target", "cuda_emulation_tests"]
+    if run_logged("build-emulation", build) != 0:
+        return Count(failed=1)
+    return run_gtest("emulation", BUILD / "bin" / "cuda_emulation_tests")
 
 
 def suite_asan():
@@ -146,6 +154,7 @@ SUITES = {
     "static": suite_static,
     "unit": suite_unit,
     "python": suite_python,
+    "emulation": suite_emulation,
     "asan": suite_asan,
     "tsan": suite_tsan,
     "fuzz": suite_fuzz,
