@@ -99,7 +99,7 @@ __device__ inline bool ids_hold(const CheckArguments& a, std::int64_t head, std:
 }
 
 /// Any grid of one dimension.
-__global__ void check_contents(CheckArguments a, std::int64_t items) {
+[[maybe_unused]] static __global__ void check_contents(CheckArguments a, std::int64_t items) {
   const std::int64_t stride = std::int64_t{gridDim.x} * blockDim.x;
   for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < items; i += stride) {
     const std::int64_t sequences = a.batch.sequences;
