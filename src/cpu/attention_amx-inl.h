@@ -116,7 +116,7 @@ class AmxChunkAttention : public ChunkState {
           r < rows ? head_row(input.q, first_row() + r / group_size, kv_head * group_size + r % group_size) : nullptr;
       for (std::int64_t d = 0; d < input.shape.head_dim; d += 32, to += kTileElements) {
         const __mmask32 mask = from != nullptr ? first_of_32(input.shape.head_dim - d) : 0;
-        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from + 2 * d));
+        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from == nullptr ? from : from + 2 * d));
       }
     }
   }
