@@ -51,15 +51,17 @@ class Ahead {
  public:
   Ahead(const std::byte* next, std::int64_t bytes, std::int64_t tiles)
       : at_(reinterpret_cast<const char*>(next)),
-        end_(at_ + (next == nullptr ? 0 : bytes)),
+        left_(next == nullptr ? 0 : bytes),
         step_((bytes / kLine + tiles - 1) / tiles * kLine) {}
   MSA_AMX_TARGET void ask() {
-    for (const char* stop = std::min(end_, at_ + step_); at_ < stop; at_ += kLine) _mm_prefetch(at_, _MM_HINT_T1);
+    for (const std::int64_t end = std::max<std::int64_t>(0, left_ - step_); left_ > end; left_ -= kLine, at_ += kLine) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+    }
   }
 
  private:
   const char* at_;
-  const char* end_;
+  std::int64_t left_;  // bytes
   std::int64_t step_;
 };
 
