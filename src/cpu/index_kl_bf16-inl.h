@@ -407,19 +407,10 @@ class Bf16KlChunk {
     });
   }
 
-  /// Saves lse and norms of the queries that have a block; the others keep what they were filled with.
   void save(const IndexKlSaved& saved) const {
     for (std::int64_t i = 0; i < count_; ++i) {
-      const auto lse = [&](std::int64_t h) {
-        const std::int64_t r = i * row_count_ + h;
-        return static_cast<float>(static_cast<double>(largest_[r]) + std::log(static_cast<double>(totals_[r])));
-      };
-      if (totals_[i * row_count_ + shape_.group_size] == 0) continue;  // no block
-      for (std::int64_t h = 0; h < shape_.group_size; ++h) {
-        write_float(saved.lse_main, first_row_ + i, group_ * shape_.group_size + h, lse(h));
-      }
-      write_float(saved.lse_index, first_row_ + i, group_, lse(shape_.group_size));
-      write_float(saved.teacher_norm, first_row_ + i, group_, norms_[i]);
+      save_query(saved, first_row_ + i, group_, shape_.group_size, largest_ + i * row_count_, totals_ + i * row_count_,
+                 norms_[i]);
     }
   }
 

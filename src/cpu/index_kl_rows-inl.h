@@ -8,6 +8,7 @@
 #define MSA_CPU_INDEX_KL_ROWS_INL_H_
 #endif
 
+#include <cmath>
 #include <cstdint>
 
 #include "msa/index_kl.h"
@@ -70,6 +71,22 @@ HWY_INLINE HWY_ATTR FloatVec add_mass(FloatVec mass, FloatVec p) {
 
 inline void write_float(const TensorView& tensor, std::int64_t row, std::int64_t head, float value) {
   *reinterpret_cast<float*>(head_row(tensor, row, head)) = value;
+}
+
+/// Saves lse and norm of one query and group, largest and total of its heads and then of its index; a query without a
+/// block (total 0) keeps what it was filled with.
+template <class Total>
+inline void save_query(const IndexKlSaved& saved, std::int64_t row, std::int64_t group, std::int64_t group_size,
+                       const float* largest, const Total* totals, float norm) {
+  if (totals[group_size] == 0) return;
+  const auto lse = [&](std::int64_t h) {
+    return static_cast<float>(static_cast<double>(largest[h]) + std::log(static_cast<double>(totals[h])));
+  };
+  for (std::int64_t h = 0; h < group_size; ++h) {
+    write_float(saved.lse_main, row, group * group_size + h, lse(h));
+  }
+  write_float(saved.lse_index, row, group, lse(group_size));
+  write_float(saved.teacher_norm, row, group, norm);
 }
 
 }  // namespace HWY_NAMESPACE
