@@ -21,6 +21,7 @@
 #include "src/cpu/attention-inl.h"
 #include "src/cpu/attention.h"
 #include "src/cpu/bf16_dot.h"
+#include "src/cpu/float8-inl.h"
 #include "src/cpu/key_tile-inl.h"
 #include "src/cpu/plan.h"
 #include "src/cpu/row_ops-inl.h"
@@ -66,18 +67,12 @@ inline HWY_ATTR void transpose_words(__m512i* HWY_RESTRICT r, std::uint32_t* HWY
 /// Elements [first, first + 32) of a row as bf16, those that `mask` leaves out as 0.
 inline HWY_ATTR __m512i load_as_bf16(const std::byte* row, DType dtype, std::int64_t first, __mmask32 mask) {
   if (dtype == DType::kBFloat16) return _mm512_maskz_loadu_epi16(mask, row + 2 * first);
-  // float8: subnormals from a table of eight, the others by moving the exponent; as core::f8_to_float.
   const __m512i bits = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row + first));
   const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7f));
   const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(bits, _mm512_set1_epi16(0x80)), 8);
-  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-  const __m512i steps = _mm512_castsi128_si512(  // k * 2^-9
-      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __mmask32 is_subnormal = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
   const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  __m512i value = _mm512_mask_permutexvar_epi16(normal, is_subnormal, magnitude, steps);
-  value = _mm512_mask_mov_epi16(value, is_nan, _mm512_set1_epi16(0x7fc0));
-  return _mm512_or_si512(value, sign);
+  return _mm512_mask_mov_epi16(f8_to_bf16(_mm512_slli_epi16(bits, 8), bits), is_nan,
+                               _mm512_or_si512(sign, _mm512_set1_epi16(0x7fc0)));
 }
 
 inline HWY_ATTR __mmask32 first_of_32(std::int64_t count) {
@@ -119,7 +114,7 @@ inline HWY_ATTR bool pack_values(const core::KeyRows& values, std::int64_t seque
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(values.dtype()));
   constexpr std::int64_t kAhead = 16;  // keys: the lines of 8 pairs, as many as a core can wait for
-  __mmask32 special = 0;  // all exponent bits set: infinity or NaN
+  __mmask32 special = 0;               // all exponent bits set: infinity or NaN
   for (std::int64_t j = 0; j < padded_inner(count); j += 2) {
     std::uint16_t* to = out + j / 2 * out_stride;
     const std::byte* even = j < count ? values.row(sequence, first + j, head) : nullptr;

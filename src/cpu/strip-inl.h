@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "src/cpu/float8-inl.h"
 #include "src/cpu/select_blocks_plan.h"
 #include "src/cpu/tile-inl.h"
 
@@ -60,21 +61,6 @@ HWY_INLINE HWY_ATTR void transpose16(WordVec* HWY_RESTRICT v) {
     t[12 + c] = hn::ConcatUpperUpper(d, odd23, odd01);
   });
   unroll<16>([&](auto i) HWY_ATTR { v[i] = t[i]; });
-}
-
-/// float8 numbers other than NaN, in the high bytes of 16-bit lanes, as bf16: an arithmetic shift moves the number and
-/// keeps its sign, one addition sets the exponent. Subnormals take what is added from a table, by the same numbers in
-/// the low bytes.
-HWY_INLINE HWY_ATTR __m512i f8_to_bf16(__m512i high, __m512i low) {
-  const __m512i number = _mm512_and_si512(_mm512_srai_epi16(high, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
-  const __mmask32 is_subnormal = _mm512_testn_epi16_mask(number, _mm512_set1_epi16(0x780));
-  constexpr auto from = [](int value, int k) {
-    return static_cast<short>(value - (k << 4));
-  };  // k * 2^-9, less the number
-  const __m512i table =
-      _mm512_castsi128_si512(_mm_setr_epi16(0, from(0x3b00, 1), from(0x3b80, 2), from(0x3bc0, 3), from(0x3c00, 4),
-                                            from(0x3c20, 5), from(0x3c40, 6), from(0x3c60, 7)));
-  return _mm512_add_epi16(number, _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(120 << 7), is_subnormal, low, table));
 }
 
 /// Stores the two bf16 numbers of every word as columns of floats.
