@@ -97,7 +97,8 @@ class AmxChunkAttention : public ChunkState {
         queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.queries)),
         keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
         values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
-        scores_(scratch + input.layout.scores) {
+        scores_(scratch + input.layout.scores),
+        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)) {
     for (int t = 0; t < 2; ++t) {
       staged_queries_[t] =
           reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries) + t * head_steps_ * kTileElements;
@@ -192,10 +193,10 @@ class AmxChunkAttention : public ChunkState {
     const std::int64_t first_row = members_[0] * group_size;
     const std::int64_t end_row = (members_[n - 1] + 1) * group_size;
     const bool sees_all = block_keys_ % kBf16Inner == 0 && visible_keys(members_[0]) == block_keys_;
-    std::int32_t visible[2][16];
-    for (std::int64_t t = 0; t < tiles; t += 2) {
+    std::int32_t visible[kMaxRowTiles][16];
+    for (std::int64_t t = 0; t < tiles; t += kMaxRowTiles) {
       AmxVisit visit;
-      visit.row_tiles = static_cast<int>(std::min<std::int64_t>(2, tiles - t));
+      visit.row_tiles = static_cast<int>(std::min<std::int64_t>(kMaxRowTiles, tiles - t));
       for (int k = 0; k < visit.row_tiles; ++k) {
         const std::int64_t tile = tile_at(t + k);
         visit.rows[k] = tile_of_chunk(tile);
@@ -314,6 +315,7 @@ class AmxChunkAttention : public ChunkState {
     visit.value_tiles = value_tiles_;
     visit.scale = scale_;
     visit.scores = scores_;
+    visit.probabilities = probabilities_;
     visit.ahead = ahead_;
     visit.ahead_count = ahead_count_;
     attend_amx(visit);
@@ -329,6 +331,7 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* keys_;
   std::uint16_t* values_;
   float* scores_;
+  std::uint16_t* probabilities_;
   std::uint16_t* staged_queries_[2];
   float* staged_sums_[2];
   std::int64_t block_begin_ = 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// See attention_amx.h. Two tiles of rows go together, so that a tile of keys or values is loaded once for two products;
-// scores become probabilities in place; sums are the products' accumulators, loaded and stored once a visit.
+// See attention_amx.h. All row tiles of a visit take the first product and their probabilities, then all take the second:
+// the keys, and after them the values, stay in the L1 cache while the rows pass. Sums are the second product's
+// accumulators, loaded and stored once a visit. docs/attention.md derives the numbers.
 #if defined(__x86_64__)
 
 // GCC 12 warns of the undefined vectors inside its own intrinsics (GCC bug 105593).
@@ -14,7 +15,11 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "src/cpu/attention_amx.h"
 
@@ -26,76 +31,95 @@ namespace msa::cpu {
 namespace {
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
-
-// Maxima up to here leave the fused exponents below right to 2e-5, so that the largest probability is 1 after its
-// rounding to bf16. Larger ones need the product rounded as it was for the maximum, which then gives exactly 1.
-constexpr float kFusedLargest = 128;
 constexpr float kLog2E = 1.44269504f;
 
-// Tiles of b pass by once a visit: streaming loads keep them from pushing scores and sums out of the L1 cache.
-// kRowTiles x kColTiles tiles of sums += a * b over `steps` tiles of 32; the tiles of a column of b follow each other.
-template <int kRowTiles, int kColTiles>
-MSA_AMX_INLINE void multiply_tiles(const std::uint16_t* a0, const std::uint16_t* a1, std::int64_t a_step,
-                                   const std::uint16_t* b, std::int64_t steps) {
-  const std::uint16_t* b1 = b + steps * kTileElements;
-  for (std::int64_t k = 0; k < steps; ++k) {
-    _tile_stream_loadd(6, b + k * kTileElements, 64);
-    _tile_loadd(4, a0 + k * a_step, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kColTiles == 2) {
-      _tile_stream_loadd(7, b1 + k * kTileElements, 64);
-      _tile_dpbf16ps(1, 4, 7);
+// References up to here leave the fused exponents below right to 2e-5, so that a score that equals the reference gives 1
+// after its rounding to bf16. Larger ones are subtracted from a score rounded as they were, which then gives exactly 1.
+constexpr float kFusedLargest = 128;
+// A row's reference is the largest of its first scores, until one exceeds it by this many powers of two: far from what
+// overflows, and rare enough that what was summed is hardly ever scaled.
+constexpr float kOctaves = 15;
+constexpr float kCertainlyBelow = 1 << 14;  // what a sum of probabilities is below when no score exceeded that
+
+// ---- products ----
+
+// Registers: the rows' tiles in 4 to 7 (with more than four steps only 4, loaded again and again), tiles of the other
+// matrix in 2 and 3, sums in 0 and 1 in turn. A tile of sums is stored amid the products of the next one, where the
+// store does not wait, and with it everything behind.
+struct TileProduct {
+  const std::uint16_t* rows;
+  const std::uint16_t* other;  // [columns][steps] tiles
+  std::int64_t steps;
+};
+
+template <int kSteps>
+MSA_AMX_INLINE void load_rows(const TileProduct& p) {
+  if constexpr (kSteps >= 1) _tile_loadd(4, p.rows, 64);
+  if constexpr (kSteps >= 2) _tile_loadd(5, p.rows + kTileElements, 64);
+  if constexpr (kSteps >= 3) _tile_loadd(6, p.rows + 2 * kTileElements, 64);
+  if constexpr (kSteps >= 4) _tile_loadd(7, p.rows + 3 * kTileElements, 64);
+}
+
+// Products of one column of tiles, `between` after the first two. kSet: the register of the sums. kSteps 0: any.
+template <int kSteps, int kSet, class Between>
+MSA_AMX_INLINE void multiply_column(const TileProduct& p, std::int64_t column, const Between& between) {
+  const std::uint16_t* other = p.other + column * (kSteps == 0 ? p.steps : kSteps) * kTileElements;
+  // Registers are named by literals: g++ 12 takes nothing else.
+#define MSA_STEP(rows_tile, other_tile, step)                  \
+  _tile_loadd(other_tile, other + (step) * kTileElements, 64); \
+  if constexpr (kSet == 0) {                                   \
+    _tile_dpbf16ps(0, rows_tile, other_tile);                  \
+  } else {                                                     \
+    _tile_dpbf16ps(1, rows_tile, other_tile);                  \
+  }
+  if constexpr (kSteps == 0) {
+    for (std::int64_t step = 0; step < p.steps; ++step) {
+      _tile_loadd(4, p.rows + step * kTileElements, 64);
+      MSA_STEP(4, 2, step)
+      if (step == 1) between();
     }
-    if constexpr (kRowTiles == 2) {
-      _tile_loadd(5, a1 + k * a_step, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    if (p.steps == 1) between();
+  } else {
+    MSA_STEP(4, 2, 0)
+    if constexpr (kSteps >= 2) { MSA_STEP(5, 3, 1) }
+    between();
+    if constexpr (kSteps >= 3) { MSA_STEP(6, 2, 2) }
+    if constexpr (kSteps >= 4) { MSA_STEP(7, 3, 3) }
+  }
+#undef MSA_STEP
+}
+
+template <int kSet>
+MSA_AMX_INLINE void store_sums(float* to) {
+  if constexpr (kSet == 0) {
+    _tile_stored(0, to, 64);
+  } else {
+    _tile_stored(1, to, 64);
+  }
+}
+template <int kSet>
+MSA_AMX_INLINE void load_sums(const float* from) {
+  if constexpr (kSet == 0) {
+    _tile_loadd(0, from, 64);
+  } else {
+    _tile_loadd(1, from, 64);
+  }
+}
+template <int kSet>
+MSA_AMX_INLINE void zero_sums() {
+  if constexpr (kSet == 0) {
+    _tile_zero(0);
+  } else {
+    _tile_zero(1);
   }
 }
 
-template <int kRowTiles, int kColTiles>
-MSA_AMX_INLINE void store_tiles(float* c0, float* c1) {
-  _tile_stored(0, c0, 64);
-  if constexpr (kColTiles == 2) _tile_stored(1, c0 + kTileSums, 64);
-  if constexpr (kRowTiles == 2) {
-    _tile_stored(2, c1, 64);
-    if constexpr (kColTiles == 2) _tile_stored(3, c1 + kTileSums, 64);
-  }
-}
-
-template <int kRowTiles, int kColTiles>
-MSA_AMX_INLINE void score_columns(const AmxVisit& v, std::int64_t tile, std::int64_t row_tile_floats) {
-  _tile_zero(0);
-  if constexpr (kColTiles == 2) _tile_zero(1);
-  if constexpr (kRowTiles == 2) _tile_zero(2);
-  if constexpr (kRowTiles == 2 && kColTiles == 2) _tile_zero(3);
-  multiply_tiles<kRowTiles, kColTiles>(v.rows[0].queries, v.rows[kRowTiles - 1].queries, kTileElements,
-                                       v.keys + tile * v.head_steps * kTileElements, v.head_steps);
-  float* c = v.scores + tile * kTileSums;
-  store_tiles<kRowTiles, kColTiles>(c, c + row_tile_floats);
-}
-
-template <int kRowTiles, int kColTiles>
-MSA_AMX_INLINE void value_columns(const AmxVisit& v, std::int64_t tile, std::int64_t row_tile_floats,
-                                  std::int64_t key_steps) {
-  float* c0 = v.rows[0].sums + tile * kTileSums;
-  float* c1 = v.rows[kRowTiles - 1].sums + tile * kTileSums;
-  _tile_loadd(0, c0, 64);
-  if constexpr (kColTiles == 2) _tile_loadd(1, c0 + kTileSums, 64);
-  if constexpr (kRowTiles == 2) {
-    _tile_loadd(2, c1, 64);
-    if constexpr (kColTiles == 2) _tile_loadd(3, c1 + kTileSums, 64);
-  }
-  const auto* p = reinterpret_cast<const std::uint16_t*>(v.scores);
-  multiply_tiles<kRowTiles, kColTiles>(p, p + 2 * row_tile_floats, 2 * kTileElements,
-                                       v.values + tile * key_steps * kTileElements, key_steps);
-  store_tiles<kRowTiles, kColTiles>(c0, c1);
-}
+// ---- sixteen rows of scores ----
 
 struct Larger {
   static MSA_AMX_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 };
+
 struct Sum {
   static MSA_AMX_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 };
@@ -137,18 +161,6 @@ MSA_AMX_INLINE __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
-// What a row's scores are multiplied by and what is subtracted, on their way to exponents of 2.
-struct Exponents {
-  __m512 scale;
-  __m512 shift;
-};
-template <bool kFused>
-MSA_AMX_INLINE __m512 exponents(const float* scores, const Exponents& e) {
-  const __m512 s = _mm512_loadu_ps(scores);
-  if constexpr (kFused) return _mm512_fmsub_ps(s, e.scale, e.shift);
-  return _mm512_mul_ps(_mm512_sub_ps(_mm512_mul_ps(s, e.scale), e.shift), _mm512_set1_ps(kLog2E));
-}
-
 // Words of 32 bits: the first's bf16 below, the second's above, ties away from zero. For probabilities, which are never
 // so large that the rounding could overflow. NaN may lose its meaning: the row's total keeps it.
 MSA_AMX_INLINE __m512i round_to_pairs(__m512 first, __m512 second) {
@@ -158,55 +170,150 @@ MSA_AMX_INLINE __m512i round_to_pairs(__m512 first, __m512 second) {
   return _mm512_mask_mov_epi16(high, 0x55555555, low);
 }
 
-// The row's largest score, lane by lane; NaN left out: max(x, best) gives `best` where x is NaN.
-MSA_AMX_INLINE __m512 largest_lanes(const float* row, std::int64_t key_tiles) {
-  __m512 best = _mm512_set1_ps(kNegativeInfinity);
-  __m512 second = best;
-  for (std::int64_t t = 0; t < key_tiles; t += 2) {
-    best = _mm512_max_ps(_mm512_loadu_ps(row + t * kTileSums), best);
-    second = _mm512_max_ps(_mm512_loadu_ps(row + (t + 1) * kTileSums), second);
-  }
-  return _mm512_max_ps(best, second);
-}
-MSA_AMX_INLINE __m512 largest_visible_lanes(const float* row, std::int64_t visible) {
-  __m512 best = _mm512_set1_ps(kNegativeInfinity);
-  for (std::int64_t j = 0; j < visible; j += 16) {
-    best = _mm512_mask_max_ps(best, first_of_16(visible - j), _mm512_loadu_ps(row + j * 16), best);
-  }
-  return best;
+MSA_AMX_INLINE __mmask16 is_fused(__m512 largest) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(largest), _mm512_set1_ps(kFusedLargest), _CMP_LE_OQ);
 }
 
-// The row's scores become probabilities, pairs in the even tiles; returns their sum before the rounding, lane by lane.
-MSA_AMX_INLINE __m512 probabilities(float* row, std::int64_t key_tiles, const Exponents& e) {
-  __m512 sum = _mm512_setzero_ps();
-  __m512 second_sum = sum;
-  for (std::int64_t t = 0; t < key_tiles; t += 2) {
-    float* at = row + t * kTileSums;
-    const __m512 first = exp2_lanes(exponents<true>(at, e));
-    const __m512 second = exp2_lanes(exponents<true>(at + kTileSums, e));
-    sum = _mm512_add_ps(sum, first);
-    second_sum = _mm512_add_ps(second_sum, second);
-    _mm512_storeu_si512(at, round_to_pairs(first, second));
+// A pair of score tiles on their way to one tile of probabilities: rows whose references are known and fused.
+struct ScorePair {
+  const float* first;
+  const float* second;
+  const float* shifts;  // of the rows: reference * log2(e)
+  float* totals;        // [16][16], a row's sums lane by lane
+  std::uint16_t* out;
+};
+
+template <int kRow, int kCount>
+MSA_AMX_INLINE void fused_probabilities(ScorePair pair, __m512 scale) {
+#pragma GCC unroll 16
+  for (int r = kRow; r < kRow + kCount; ++r) {
+    const __m512 shift = _mm512_set1_ps(pair.shifts[r]);
+    const __m512 a = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(pair.first + 16 * r), scale, shift));
+    const __m512 b = exp2_lanes(_mm512_fmsub_ps(_mm512_loadu_ps(pair.second + 16 * r), scale, shift));
+    _mm512_store_ps(pair.totals + 16 * r, _mm512_add_ps(_mm512_load_ps(pair.totals + 16 * r), _mm512_add_ps(a, b)));
+    _mm512_storeu_si512(pair.out + 32 * r, round_to_pairs(a, b));
   }
-  return _mm512_add_ps(sum, second_sum);
 }
-// The same for a row that sees `visible` keys only; the same bits when it sees all.
-template <bool kFused>
-MSA_AMX_INLINE __m512 visible_probabilities(float* row, std::int64_t key_tiles, std::int64_t visible,
-                                            const Exponents& e) {
-  __m512 sum = _mm512_setzero_ps();
-  __m512 second_sum = sum;
-  for (std::int64_t t = 0; t < key_tiles; t += 2) {
-    float* at = row + t * kTileSums;
-    const __m512 first = _mm512_maskz_mov_ps(first_of_16(visible - t * 16), exp2_lanes(exponents<kFused>(at, e)));
-    const __m512 second =
-        _mm512_maskz_mov_ps(first_of_16(visible - t * 16 - 16), exp2_lanes(exponents<kFused>(at + kTileSums, e)));
-    sum = _mm512_add_ps(sum, first);
-    second_sum = _mm512_add_ps(second_sum, second);
-    _mm512_storeu_si512(at, round_to_pairs(first, second));
+
+MSA_AMX_INLINE void clear_rows(float* rows) {
+  for (int r = 0; r < 16; ++r) _mm512_store_ps(rows + 16 * r, _mm512_setzero_ps());
+}
+
+// Adds a visit's sums to the totals, unless one is NaN or so large that its row may need a new reference.
+MSA_AMX_INLINE bool add_totals(const float* visit_totals, float* totals) {
+  const __m512 sums = reduce_rows<Sum>(visit_totals);
+  if (_mm512_cmp_ps_mask(sums, _mm512_set1_ps(kCertainlyBelow), _CMP_LT_OQ) != 0xffff) return false;
+  _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), sums));
+  return true;
+}
+
+// A part of the lines to fetch ahead.
+MSA_AMX_INLINE void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t parts) {
+  for (std::int64_t i = part * v.ahead_count / parts; i < (part + 1) * v.ahead_count / parts; ++i) {
+    const auto* line = static_cast<const char*>(v.ahead[i].first);
+    for (std::int32_t l = 0; l < v.ahead[i].count; ++l) _mm_prefetch(line + 64 * l, _MM_HINT_T1);
   }
-  return _mm512_add_ps(sum, second_sum);
 }
+
+// One step of a column's products, with rows of probabilities and a part of the housekeeping behind it.
+template <int kStep, int kSteps, int kSet>
+MSA_AMX_INLINE void multiply_step(const std::uint16_t* other) {
+  static_assert(kStep < kSteps && kSteps <= 4);
+  const std::uint16_t* at = other + kStep * kTileElements;
+#define MSA_MULTIPLY(rows_tile, other_tile)    \
+  _tile_loadd(other_tile, at, 64);             \
+  if constexpr (kSet == 0) {                   \
+    _tile_dpbf16ps(0, rows_tile, other_tile);  \
+  } else {                                     \
+    _tile_dpbf16ps(1, rows_tile, other_tile);  \
+  }
+  if constexpr (kStep == 0) { MSA_MULTIPLY(4, 2) }
+  if constexpr (kStep == 1) { MSA_MULTIPLY(5, 3) }
+  if constexpr (kStep == 2) { MSA_MULTIPLY(6, 2) }
+  if constexpr (kStep == 3) { MSA_MULTIPLY(7, 3) }
+#undef MSA_MULTIPLY
+}
+
+template <int kStep>
+MSA_AMX_INLINE void load_row_tile(const std::uint16_t* rows) {
+  if constexpr (kStep == 0) _tile_loadd(4, rows, 64);
+  if constexpr (kStep == 1) _tile_loadd(5, rows + kTileElements, 64);
+  if constexpr (kStep == 2) _tile_loadd(6, rows + 2 * kTileElements, 64);
+  if constexpr (kStep == 3) _tile_loadd(7, rows + 3 * kTileElements, 64);
+}
+
+// First product and probabilities of tiles whose rows see all keys and have references. As long as no score exceeds its
+// row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so a pair of score tiles
+// becomes probabilities amid the products of the next pair, be it of the same rows or of the next ones. `holds[i]`:
+// whether that was so for tiles[i].
+template <int kSteps>
+MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int count, bool* holds) {
+  const __m512 scale = _mm512_set1_ps(v.scale * kLog2E);
+  const std::int64_t pairs = v.key_tiles / 2;
+  constexpr int kRows = 8 / kSteps;  // of probabilities, a step
+  alignas(64) float shifts[2][16] = {};
+  alignas(64) float totals[2][16 * 16];
+  float* ring[2] = {v.scores, v.scores + 2 * kTileSums};
+  // What the first turn finds at hand is no one's.
+  std::fill(ring[1], ring[1] + 2 * kTileSums, 0.0f);
+  clear_rows(totals[0]);
+  ScorePair pair = {ring[1], ring[1] + kTileSums, shifts[0], totals[0], v.probabilities};
+  const std::uint16_t* rows = v.rows[tiles[0]].queries;
+  load_rows<kSteps>({rows, nullptr, kSteps});
+  zero_sums<1>();
+  for (int i = 0; i < count; ++i) {
+    const int mine = (i + 1) % 2;
+    _mm512_store_ps(shifts[mine], _mm512_mul_ps(_mm512_loadu_ps(v.rows[tiles[i]].largest), _mm512_set1_ps(kLog2E)));
+    clear_rows(totals[mine]);
+    const std::uint16_t* next = v.rows[tiles[std::min(i + 1, count - 1)]].queries;
+    const std::uint16_t* keys = v.keys;
+    for (std::int64_t t = 0; t < pairs; ++t, keys += 2 * kSteps * kTileElements) {
+      float* now = ring[0];
+      const bool is_last = t + 1 == pairs;
+      zero_sums<0>();
+      multiply_step<0, kSteps, 0>(keys);
+      store_sums<1>(ring[1] + kTileSums);
+      fused_probabilities<0, kRows>(pair, scale);
+      multiply_step<1, kSteps, 0>(keys);
+      fused_probabilities<kRows, kRows>(pair, scale);
+      if constexpr (kSteps == 4) {
+        multiply_step<2, kSteps, 0>(keys);
+        fused_probabilities<2 * kRows, kRows>(pair, scale);
+        multiply_step<3, kSteps, 0>(keys);
+        fused_probabilities<3 * kRows, kRows>(pair, scale);
+      }
+      const std::uint16_t* second = keys + kSteps * kTileElements;
+      zero_sums<1>();
+      multiply_step<0, kSteps, 1>(second);
+      if (is_last) load_row_tile<0>(next);
+      fused_probabilities<8, kRows>(pair, scale);
+      multiply_step<1, kSteps, 1>(second);
+      if (is_last) load_row_tile<1>(next);
+      store_sums<0>(now);
+      fused_probabilities<8 + kRows, kRows>(pair, scale);
+      if constexpr (kSteps == 4) {
+        multiply_step<2, kSteps, 1>(second);
+        if (is_last) load_row_tile<2>(next);
+        fused_probabilities<8 + 2 * kRows, kRows>(pair, scale);
+        multiply_step<3, kSteps, 1>(second);
+        if (is_last) load_row_tile<3>(next);
+        fused_probabilities<8 + 3 * kRows, kRows>(pair, scale);
+      }
+      const std::int64_t lines = kSteps * 16;
+      for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l) _mm_prefetch(next + 32 * l, _MM_HINT_T0);
+      ask_ahead(v, tiles[i] * pairs + t, v.row_tiles * pairs);
+      if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]].totals);  // the rows before
+      pair = {now, now + kTileSums, shifts[mine], totals[mine],
+              v.probabilities + (tiles[i] * pairs + t) * kTileElements};
+      std::swap(ring[0], ring[1]);
+    }
+  }
+  store_sums<1>(ring[1] + kTileSums);
+  fused_probabilities<0, 16>(pair, scale);
+  holds[count - 1] = add_totals(pair.totals, v.rows[tiles[count - 1]].totals);
+}
+
+// ---- any tile of rows ----
 
 MSA_AMX_TARGET void multiply_row(float* sums, std::int64_t value_tiles, float factor) {
   const __m512 f = _mm512_set1_ps(factor);
@@ -215,91 +322,203 @@ MSA_AMX_TARGET void multiply_row(float* sums, std::int64_t value_tiles, float fa
   }
 }
 
-// A row's share of the lines to fetch ahead.
-MSA_AMX_INLINE void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t parts) {
-  for (std::int64_t i = part * v.ahead_count / parts; i < (part + 1) * v.ahead_count / parts; ++i) {
-    const auto* line = static_cast<const char*>(v.ahead[i].first);
-    for (std::int32_t l = 0; l < v.ahead[i].count; ++l) _mm_prefetch(line + 64 * l, _MM_HINT_T1);
+// What a row's scores are multiplied by and what is subtracted, on their way to exponents of 2.
+struct Exponents {
+  float scale;    // of the scores
+  float largest;  // the row's reference
+  MSA_AMX_INLINE __m512 of(__m512 scores) const {
+    if (std::abs(largest) <= kFusedLargest) {
+      return _mm512_fmsub_ps(scores, _mm512_set1_ps(scale * kLog2E), _mm512_set1_ps(largest * kLog2E));
+    }
+    const __m512 apart = _mm512_sub_ps(_mm512_mul_ps(scores, _mm512_set1_ps(scale)), _mm512_set1_ps(largest));
+    return _mm512_mul_ps(apart, _mm512_set1_ps(kLog2E));
   }
+};
+
+// The largest visible score of each row; NaN left out: max(x, best) gives `best` where x is NaN.
+MSA_AMX_INLINE __m512 largest_scores(const float* scores, std::int64_t key_tiles, const std::int32_t* visible) {
+  alignas(64) float lanes[16 * 16];
+  for (int r = 0; r < 16; ++r) {
+    const std::int64_t seen = visible == nullptr ? key_tiles * 16 : visible[r];
+    __m512 best = _mm512_set1_ps(kNegativeInfinity);
+    for (std::int64_t j = 0; j < seen; j += 16) {
+      best = _mm512_mask_max_ps(best, first_of_16(seen - j), _mm512_loadu_ps(scores + j * 16 + 16 * r), best);
+    }
+    _mm512_store_ps(lanes + 16 * r, best);
+  }
+  return reduce_rows<Larger>(lanes);
 }
 
-// Scores of one tile of rows to probabilities; maxima, totals and, where a maximum rises, sums follow.
-MSA_AMX_TARGET void softmax_tile(const AmxVisit& v, int tile, float* scores) {
-  const AmxRows& rows = v.rows[tile];
-  alignas(64) float lanes[16 * 16];
-  alignas(64) float shifts[16];
-  const __m512 scale = _mm512_set1_ps(v.scale);
-  if (rows.visible == nullptr) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; ++r) _mm512_store_ps(lanes + 16 * r, largest_lanes(scores + 16 * r, v.key_tiles));
-  } else {
-    for (int r = 0; r < 16; ++r) {
-      _mm512_store_ps(lanes + 16 * r, largest_visible_lanes(scores + 16 * r, rows.visible[r]));
-    }
-  }
+// References of rows that have none yet, or a score that exceeds theirs by kOctaves: the largest score. What was summed
+// relative to the old one is scaled.
+MSA_AMX_INLINE __m512 raise_references(const AmxVisit& v, const AmxRows& rows, const float* scores) {
   const __m512 none = _mm512_set1_ps(kNegativeInfinity);
+  const __m512 found = _mm512_mul_ps(largest_scores(scores, v.key_tiles, rows.visible), _mm512_set1_ps(v.scale));
   const __m512 before = _mm512_loadu_ps(rows.largest);
-  const __m512 after = _mm512_max_ps(_mm512_mul_ps(reduce_rows<Larger>(lanes), scale), before);
-  const __mmask16 is_known = _mm512_cmp_ps_mask(after, none, _CMP_NEQ_UQ);
-  const __mmask16 rises = _mm512_cmp_ps_mask(after, before, _CMP_NEQ_UQ) &
-                          _mm512_cmp_ps_mask(before, none, _CMP_NEQ_UQ);  // before the first score all sums are 0
-  __m512 totals = _mm512_loadu_ps(rows.totals);
-  if (rises != 0) {  // what was summed so far was relative to the old maximum
+  const __mmask16 is_known = _mm512_cmp_ps_mask(before, none, _CMP_NEQ_UQ);
+  const __m512 limit = _mm512_add_ps(before, _mm512_set1_ps(kOctaves / kLog2E));
+  const __mmask16 exceeds = _mm512_cmp_ps_mask(found, limit, _CMP_GT_OQ);
+  const __m512 after = _mm512_mask_mov_ps(before, static_cast<__mmask16>(~is_known | exceeds), found);
+  _mm512_storeu_ps(rows.largest, after);
+  const __mmask16 rises = is_known & exceeds;
+  if (rises != 0) {
     alignas(64) float factors[16];
-    const __m512 factor = exp2_lanes(_mm512_mul_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(kLog2E)));
-    _mm512_store_ps(factors, factor);
-    totals = _mm512_mask_mul_ps(totals, rises, totals, factor);
+    _mm512_store_ps(factors, exp2_lanes(_mm512_mul_ps(_mm512_sub_ps(before, after), _mm512_set1_ps(kLog2E))));
     for (unsigned left = rises; left != 0; left &= left - 1) {
       const int r = __builtin_ctz(left);
       multiply_row(rows.sums + 16 * r, v.value_tiles, factors[r]);
+      rows.totals[r] *= factors[r];
     }
   }
-  _mm512_storeu_ps(rows.largest, after);
   // Nothing but -inf so far: 0, so that those give 2^-inf = 0 and not 2^(inf - inf).
-  const __m512 shift = _mm512_maskz_mov_ps(is_known, after);
-  const __mmask16 fused = _mm512_cmp_ps_mask(_mm512_abs_ps(shift), _mm512_set1_ps(kFusedLargest), _CMP_LE_OQ);
-  _mm512_store_ps(shifts, _mm512_mask_mul_ps(shift, fused, shift, _mm512_set1_ps(kLog2E)));
-  const __m512 fused_scale = _mm512_set1_ps(v.scale * kLog2E);
-  if (rows.visible == nullptr && fused == 0xffff) {
-    for (int r = 0; r < 16; ++r) {
-      const Exponents e = {fused_scale, _mm512_set1_ps(shifts[r])};
-      _mm512_store_ps(lanes + 16 * r, probabilities(scores + 16 * r, v.key_tiles, e));
-      ask_ahead(v, tile * 16 + r, v.row_tiles * 16);
-    }
-  } else {
-    for (int r = 0; r < 16; ++r) {
-      const std::int64_t visible = rows.visible == nullptr ? v.key_tiles * 16 : rows.visible[r];
-      const bool is_fused = (fused >> r & 1) != 0;
-      const Exponents e = {is_fused ? fused_scale : scale, _mm512_set1_ps(shifts[r])};
-      _mm512_store_ps(lanes + 16 * r, is_fused
-                                          ? visible_probabilities<true>(scores + 16 * r, v.key_tiles, visible, e)
-                                          : visible_probabilities<false>(scores + 16 * r, v.key_tiles, visible, e));
-      ask_ahead(v, tile * 16 + r, v.row_tiles * 16);
-    }
-  }
-  _mm512_storeu_ps(rows.totals, _mm512_add_ps(totals, reduce_rows<Sum>(lanes)));
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(after, none, _CMP_NEQ_UQ), after);
 }
 
-template <int kRowTiles>
-MSA_AMX_TARGET void attend_rows(const AmxVisit& v) {
+// First product of a tile of rows.
+template <int kSteps>
+MSA_AMX_TARGET void score_rows(const AmxVisit& v, const AmxRows& rows, float* scores) {
+  const TileProduct p = {rows.queries, v.keys, v.head_steps};
+  load_rows<kSteps>(p);
+  for (std::int64_t t = 0; t < v.key_tiles; ++t) {
+    zero_sums<0>();
+    multiply_column<kSteps, 0>(p, t, []() MSA_AMX_TARGET {});
+    store_sums<0>(scores + t * kTileSums);
+  }
+}
+
+// Probabilities of any tile of rows: 0 for what a row does not see.
+MSA_AMX_TARGET void weigh_rows(const AmxVisit& v, const AmxRows& rows, const float* scores, std::uint16_t* out) {
+  alignas(64) float references[16];
+  _mm512_store_ps(references, raise_references(v, rows, scores));
+  alignas(64) float totals[16 * 16];
+  for (int r = 0; r < 16; ++r) {
+    const std::int64_t seen = rows.visible == nullptr ? v.key_tiles * 16 : rows.visible[r];
+    const Exponents exponents = {v.scale, references[r]};
+    const float* row = scores + 16 * r;
+    const auto probabilities = [&](std::int64_t tile) MSA_AMX_TARGET {
+      if (tile * 16 >= seen) return _mm512_setzero_ps();
+      const __m512 p = exp2_lanes(exponents.of(_mm512_loadu_ps(row + tile * kTileSums)));
+      return _mm512_maskz_mov_ps(first_of_16(seen - tile * 16), p);
+    };
+    __m512 total = _mm512_setzero_ps();
+    for (std::int64_t t = 0; t < v.key_tiles; t += 2) {
+      const __m512 a = probabilities(t);
+      const __m512 b = probabilities(t + 1);
+      total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+      _mm512_storeu_si512(out + t / 2 * kTileElements + 32 * r, round_to_pairs(a, b));
+    }
+    _mm512_store_ps(totals + 16 * r, total);
+  }
+  _mm512_storeu_ps(rows.totals, _mm512_add_ps(_mm512_loadu_ps(rows.totals), reduce_rows<Sum>(totals)));
+}
+
+template <int kSteps>
+MSA_AMX_TARGET void score_any_rows(const AmxVisit& v, const AmxRows& rows, std::uint16_t* out) {
+  score_rows<kSteps>(v, rows, v.scores);
+  weigh_rows(v, rows, v.scores, out);
+}
+
+// ---- the second product ----
+
+template <int kSteps>
+MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std::uint16_t* probabilities,
+                               std::int64_t any_steps) {
+  const TileProduct p = {probabilities, v.values, kSteps == 0 ? any_steps : kSteps};
+  const auto column_sums = [&](std::int64_t column) { return rows.sums + column * kTileSums; };
+  load_rows<kSteps>(p);
+  load_sums<0>(column_sums(0));
+  std::int64_t column = 0;
+  for (; column + 2 <= v.value_tiles; column += 2) {
+    multiply_column<kSteps, 0>(p, column, [&]() MSA_AMX_TARGET {
+      if (column > 0) store_sums<1>(column_sums(column - 1));
+      load_sums<1>(column_sums(column + 1));
+    });
+    multiply_column<kSteps, 1>(p, column + 1, [&]() MSA_AMX_TARGET {
+      store_sums<0>(column_sums(column));
+      if (column + 2 < v.value_tiles) load_sums<0>(column_sums(column + 2));
+    });
+  }
+  if (column > 0) store_sums<1>(column_sums(column - 1));
+  if (column < v.value_tiles) {
+    multiply_column<kSteps, 0>(p, column, []() MSA_AMX_TARGET {});
+    store_sums<0>(column_sums(column));
+  }
+}
+
+template <int kKeySteps>
+MSA_AMX_TARGET void add_values(const AmxVisit& v) {
   const std::int64_t key_steps = (v.key_tiles + 1) / 2;
-  const std::int64_t row_tile_floats = 2 * key_steps * kTileSums;
-  std::int64_t tile = 0;
-  for (; tile + 2 <= v.key_tiles; tile += 2) score_columns<kRowTiles, 2>(v, tile, row_tile_floats);
-  if (tile < v.key_tiles) score_columns<kRowTiles, 1>(v, tile, row_tile_floats);
-  for (int t = 0; t < kRowTiles; ++t) softmax_tile(v, t, v.scores + t * row_tile_floats);
-  for (tile = 0; tile + 2 <= v.value_tiles; tile += 2) value_columns<kRowTiles, 2>(v, tile, row_tile_floats, key_steps);
-  if (tile < v.value_tiles) value_columns<kRowTiles, 1>(v, tile, row_tile_floats, key_steps);
+  for (int t = 0; t < v.row_tiles; ++t) {
+    add_values<kKeySteps>(v, v.rows[t], v.probabilities + t * key_steps * kTileElements, key_steps);
+  }
+}
+
+void add_values_of(const AmxVisit& v) {
+  switch (v.key_tiles) {
+    case 4: return add_values<2>(v);
+    case 8: return add_values<4>(v);
+    default: return add_values<0>(v);
+  }
+}
+
+// First product and probabilities of all rows.
+template <int kSteps>
+MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v) {
+  const auto probabilities_of = [&](int t) {
+    return v.probabilities + t * ((v.key_tiles + 1) / 2) * kTileElements;
+  };
+  int known[kMaxRowTiles];
+  int known_count = 0;
+  for (int t = 0; t < v.row_tiles; ++t) {
+    const AmxRows& rows = v.rows[t];
+    const bool is_known = kSteps != 0 && rows.visible == nullptr && v.key_tiles % 2 == 0 &&
+                          is_fused(_mm512_loadu_ps(rows.largest)) == 0xffff;
+    if (is_known) {
+      known[known_count++] = t;
+    } else {
+      ask_ahead(v, t, v.row_tiles);
+      score_any_rows<kSteps>(v, rows, probabilities_of(t));
+    }
+  }
+  if constexpr (kSteps != 0) {
+    bool holds[kMaxRowTiles];
+    if (known_count > 0) score_known_rows<kSteps>(v, known, known_count, holds);
+    for (int i = 0; i < known_count; ++i) {
+      if (!holds[i]) score_any_rows<kSteps>(v, v.rows[known[i]], probabilities_of(known[i]));
+    }
+  }
 }
 
 }  // namespace
 
 void attend_amx(const AmxVisit& visit) {
-  if (visit.row_tiles == 2) {
-    attend_rows<2>(visit);
-  } else {
-    attend_rows<1>(visit);
+  switch (visit.head_steps) {
+    case 2: score_and_weigh<2>(visit); break;
+    case 4: score_and_weigh<4>(visit); break;
+    default: score_and_weigh<0>(visit);
   }
+  add_values_of(visit);
+}
+
+void score_amx(const AmxVisit& visit) {
+  const std::int64_t floats = amx_score_floats(1, visit.key_tiles);
+  for (int t = 0; t < visit.row_tiles; ++t) {
+    float* scores = visit.scores + t * floats;
+    switch (visit.head_steps) {
+      case 2: score_rows<2>(visit, visit.rows[t], scores); break;
+      case 4: score_rows<4>(visit, visit.rows[t], scores); break;
+      default: score_rows<0>(visit, visit.rows[t], scores);
+    }
+  }
+}
+
+void weigh_amx(const AmxVisit& visit) {
+  const std::int64_t floats = amx_score_floats(1, visit.key_tiles);
+  const std::int64_t elements = (visit.key_tiles + 1) / 2 * kTileElements;
+  for (int t = 0; t < visit.row_tiles; ++t) {
+    weigh_rows(visit, visit.rows[t], visit.scores + t * floats, visit.probabilities + t * elements);
+  }
+  add_values_of(visit);
 }
 
 }  // namespace msa::cpu

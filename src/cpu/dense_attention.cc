@@ -19,10 +19,9 @@ namespace msa::cpu {
 namespace {
 
 // A constant, so that pages of any size and packed keys give the same bits. At 128 keys the work a block costs a row
-// beside its products (rescaling, softmax ends) is a few percent, and a tile of keys stays within the L2 cache.
+// beside its products (rescaling, softmax ends) is a few percent, and a block's keys stay within the L1 cache where the
+// products are that fast (docs/attention.md).
 constexpr std::int64_t kDenseBlockSize = 128;
-// In AMX tiles that work, above all the sums' way through the caches, is a fifth of a block of 128 (docs/attention.md).
-constexpr std::int64_t kDenseTileBlockSize = 256;
 
 }  // namespace
 
@@ -39,7 +38,7 @@ void dense_attention(const Context& context, const DenseAttentionParams& params,
   input.scale = static_cast<float>(*params.scale);
   input.out = out;
   input.lse = lse;
-  plan_input("dense_attention", context, fits_tiles(input) ? kDenseTileBlockSize : kDenseBlockSize, input);
+  plan_input("dense_attention", context, kDenseBlockSize, input);
   clear_padding_rows(input);
   const auto run = HWY_DYNAMIC_DISPATCH(attend_densely);
   run_plan(input.plan, params.batch, input.shape.kv_heads,

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "src/core/layout.h"
+#include "src/cpu/attention_amx.h"
 #include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan_chunks.h"
 #include "src/cpu/tile.h"
@@ -58,7 +59,8 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
     const std::int64_t keys = padded_inner(shape.block_size);
     layout.keys = cursor.take(floats_for(keys * inner, 2));
     layout.values = cursor.take(floats_for(keys * shape.value_dim, 2));
-    layout.scores = cursor.take(32 * keys);
+    layout.scores = cursor.take(16 * ((keys + 63) / 64 * 64));
+    layout.probabilities = cursor.take(floats_for(kMaxRowTiles * 16 * keys, 2));
     layout.staged_queries = cursor.take(floats_for(32 * inner, 2));
     layout.staged_sums = cursor.take(32 * shape.value_dim);
   } else if (shape.has_bf16_dots) {

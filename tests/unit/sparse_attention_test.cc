@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "msa/attention.h"
 #include "tests/unit/support/differences.h"
@@ -99,6 +100,61 @@ TEST(SparseAttentionRules, LargeLogitsDoNotOverflow) {
     const AttentionResult got = run_sparse(context, problem.sparse_params());
     expect_within_rule("out", got.out, exact.out, naive.out);
     expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+  });
+}
+
+// Keys of block b score `per_block` * b higher, beside their noise: what was summed first is far too small, or what comes
+// last too small to count.
+Problem problem_with_steps(double per_block) {
+  Problem problem(Case{{16, 1, 64, 64, 16, 64, 4}, {{70, 256}}, DType::kBFloat16});
+  Random random(11);
+  std::uniform_real_distribution<double> around(0.25, 0.75);
+  for (std::int64_t t = 0; t < 70; ++t) {
+    for (std::int64_t h = 0; h < 16; ++h) {
+      for (std::int64_t d = 0; d < 64; ++d) problem.q.set(around(random), t, h, d);
+    }
+  }
+  problem.k.fill_normal(random, 0.5);
+  for (std::int64_t t = 0; t < 256; ++t) {
+    // 64 dimensions of about 0.5, scale 1/8: a step of 1 in all of them is about 4 in the score.
+    const double step = per_block / 4 * static_cast<double>(t / 64);
+    for (std::int64_t d = 0; d < 64; ++d) problem.k.set(problem.k.at(t, 0, d) + step, t, 0, d);
+  }
+  return problem;
+}
+
+TEST(SparseAttentionRules, ScoresMayRiseAndFallFromBlockToBlock) {
+  for (const double per_block : {4.0, 12.0, 30.0, 200.0, 8000.0, -12.0, -60.0, -200.0}) {
+    SCOPED_TRACE(per_block);
+    const Problem problem = problem_with_steps(per_block);
+    const AttentionResult exact = run_sparse(reference_context(), problem.as_float32().sparse_params());
+    const AttentionResult naive = naive_attention(problem.sparse_params());
+    for_each_target(Targets::kCpu, [&](const Context& context) {
+      const AttentionResult got = run_sparse(context, problem.sparse_params());
+      expect_within_rule("out", got.out, exact.out, naive.out);
+      expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+    });
+  }
+}
+
+TEST(SparseAttentionRules, AScoreThatIsNotANumberReachesItsRowsAlone) {
+  const Problem clean = problem_with_steps(0);
+  const std::int64_t key = 210;  // of the last block: not the first that a row sees, and hidden from the first queries
+  Problem problem = clean;
+  problem.k.set(std::numeric_limits<double>::quiet_NaN(), key, 0, 5);
+  for_each_target(Targets::kCpu, [&](const Context& context) {
+    const AttentionResult expected = run_sparse(context, clean.sparse_params());
+    const AttentionResult got = run_sparse(context, problem.sparse_params());
+    for (std::int64_t t = 0; t < 70; ++t) {
+      const bool sees = t + 256 - 70 >= key;
+      for (std::int64_t h = 0; h < 16; ++h) {
+        ASSERT_EQ(std::isnan(got.lse.at(t, h)), sees) << t;
+        ASSERT_EQ(std::isnan(got.out.at(t, h, 3)), sees) << t;
+        if (!sees) {
+          ASSERT_EQ(got.out.at(t, h, 3), expected.out.at(t, h, 3)) << t;
+        }
+      }
+    }
   });
 }
 
