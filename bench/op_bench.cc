@@ -205,6 +205,9 @@ struct TorchTimes {
   std::map<std::string, double> seconds;
 };
 
+/// [tokens, heads, dim] with a head's rows one after the other, as caches keep them and torch's attention takes them.
+at::Tensor head_by_head(const at::Tensor& rows) { return rows.transpose(0, 1).contiguous().transpose(0, 1); }
+
 /// The last `queries` tokens of one sequence of `context` tokens.
 class ShapeBench {
  public:
@@ -215,6 +218,7 @@ class ShapeBench {
     q_ = at::randn({queries, o_.query_heads, o_.head_dim}).to(type_);
     k_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
     v_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
+    if (section_ != "training") k_ = head_by_head(k_), v_ = head_by_head(v_);
     q_idx_ = at::randn({queries, o_.kv_heads, o_.index_dim}).to(type_);
     k_idx_ = at::randn({context, o_.index_dim}).to(type_);
     out_ = at::empty_like(q_);

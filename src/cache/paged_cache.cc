@@ -93,13 +93,15 @@ PagedCache::PagedCache(CacheShape shape, std::int64_t max_pages) : shape_(std::m
   }
   const std::size_t rows = static_cast<std::size_t>(max_pages * shape_.page_size);
   multiply(rows, token_bytes);
-  const auto reserve = [rows](std::size_t bytes) {
-    return Store{core::Buffer<std::byte>(multiply(rows, bytes)), bytes};
+  const auto reserve = [rows](std::int64_t heads, std::int64_t dim, DType dtype) {
+    const std::size_t bytes = static_cast<std::size_t>(dim) * dtype_size(dtype);
+    return Store{core::Buffer<std::byte>(rows * static_cast<std::size_t>(heads) * bytes), heads, dim, bytes};
   };
   layers_.reserve(shape_.layers.size());
   for (const LayerShape& layer : shape_.layers) {
-    const RowBytes row = row_bytes(shape_, layer);
-    layers_.push_back({reserve(row.k), reserve(row.v), reserve(row.k_idx)});
+    layers_.push_back({reserve(layer.kv_heads, layer.head_dim, shape_.dtype),
+                       reserve(layer.kv_heads, layer.value_dim, shape_.dtype),
+                       reserve(1, layer.index_dim, shape_.index_dtype)});
   }
   references_.assign(static_cast<std::size_t>(max_pages), 0);
   free_.reserve(static_cast<std::size_t>(max_pages));
@@ -225,16 +227,22 @@ void PagedCache::write(std::int64_t layer, SequenceId sequence, std::int64_t pos
   if (dims.index_dim > 0) write_rows(stores.k_idx, shape_.index_dtype, target, position, k_idx);
 }
 
+ConstTensorView PagedCache::view_of(const Store& store, DType dtype) const {
+  ConstTensorView view = make_view(static_cast<const void*>(store.data.data()), dtype,
+                                   {max_pages_, shape_.page_size, store.heads, store.dim});
+  view.strides[1] = store.dim;
+  view.strides[2] = shape_.page_size * store.dim;
+  return view;
+}
+
 ConstTensorView PagedCache::keys(std::int64_t layer) const {
-  const LayerShape& dims = layer_shape(layer);
-  const void* data = layers_[static_cast<std::size_t>(layer)].k.data.data();
-  return make_view(data, shape_.dtype, {max_pages_, shape_.page_size, dims.kv_heads, dims.head_dim});
+  layer_shape(layer);
+  return view_of(layers_[static_cast<std::size_t>(layer)].k, shape_.dtype);
 }
 
 ConstTensorView PagedCache::values(std::int64_t layer) const {
-  const LayerShape& dims = layer_shape(layer);
-  const void* data = layers_[static_cast<std::size_t>(layer)].v.data.data();
-  return make_view(data, shape_.dtype, {max_pages_, shape_.page_size, dims.kv_heads, dims.value_dim});
+  layer_shape(layer);
+  return view_of(layers_[static_cast<std::size_t>(layer)].v, shape_.dtype);
 }
 
 ConstTensorView PagedCache::index_keys(std::int64_t layer) const {
@@ -280,14 +288,19 @@ const LayerShape& PagedCache::layer_shape(std::int64_t layer) const {
   return shape_.layers[static_cast<std::size_t>(layer)];
 }
 
+std::byte* PagedCache::row_of(Store& store, std::int32_t page, std::int64_t head, std::int64_t offset) const {
+  const std::int64_t row = (page * store.heads + head) * shape_.page_size + offset;
+  return store.data.data() + static_cast<std::size_t>(row) * store.row_bytes;
+}
+
 void PagedCache::copy_rows(std::int32_t from_page, std::int32_t to_page, std::int64_t rows) {
   for (Layer& layer : layers_) {
     for (Store* store : {&layer.k, &layer.v, &layer.k_idx}) {
       if (store->row_bytes == 0) continue;
-      const std::size_t page_bytes = static_cast<std::size_t>(shape_.page_size) * store->row_bytes;
-      std::memcpy(store->data.data() + static_cast<std::size_t>(to_page) * page_bytes,
-                  store->data.data() + static_cast<std::size_t>(from_page) * page_bytes,
-                  static_cast<std::size_t>(rows) * store->row_bytes);
+      for (std::int64_t head = 0; head < store->heads; ++head) {
+        std::memcpy(row_of(*store, to_page, head, 0), row_of(*store, from_page, head, 0),
+                    static_cast<std::size_t>(rows) * store->row_bytes);
+      }
     }
   }
 }
@@ -298,34 +311,22 @@ void PagedCache::release(std::int32_t page) {
 
 void PagedCache::write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position,
                             const ConstTensorView& rows) {
-  const std::int64_t stride_bytes = rows.stride(0) * static_cast<std::int64_t>(dtype_size(rows.dtype));
+  const auto element_bytes = static_cast<std::int64_t>(dtype_size(rows.dtype));
+  const std::int64_t head_bytes = store.dim * element_bytes;
   const bool rounds = rows.dtype != dtype;
-  const bool contiguous = !rounds && stride_bytes == static_cast<std::int64_t>(store.row_bytes);
-  const std::byte* source = rows.data;
-  for (std::int64_t done = 0; done < rows.size(0);) {
-    const std::int64_t offset = (position + done) % shape_.page_size;
-    const std::int64_t run = std::min(shape_.page_size - offset, rows.size(0) - done);
-    const std::int32_t page = sequence.pages[static_cast<std::size_t>((position + done) / shape_.page_size)];
-    std::byte* target =
-        store.data.data() + static_cast<std::size_t>(page * shape_.page_size + offset) * store.row_bytes;
-    if (contiguous) {
-      std::memcpy(target, source + done * stride_bytes, static_cast<std::size_t>(run) * store.row_bytes);
-    } else if (rounds) {
-      const std::size_t row_elements = store.row_bytes / dtype_size(dtype);
-      for (std::int64_t i = 0; i < run; ++i) {
-        for (std::size_t e = 0; e < row_elements; ++e) {
-          const auto element = static_cast<std::int64_t>(e);
-          core::store_element(target + static_cast<std::size_t>(i) * store.row_bytes, dtype, element,
-                              core::load_element(source + (done + i) * stride_bytes, rows.dtype, element));
-        }
+  for (std::int64_t i = 0; i < rows.size(0); ++i) {
+    const std::int32_t page = sequence.pages[static_cast<std::size_t>((position + i) / shape_.page_size)];
+    const std::byte* source = rows.data + i * rows.stride(0) * element_bytes;
+    for (std::int64_t head = 0; head < store.heads; ++head, source += head_bytes) {
+      std::byte* target = row_of(store, page, head, (position + i) % shape_.page_size);
+      if (!rounds) {
+        std::memcpy(target, source, store.row_bytes);
+        continue;
       }
-    } else {
-      for (std::int64_t i = 0; i < run; ++i) {
-        std::memcpy(target + static_cast<std::size_t>(i) * store.row_bytes, source + (done + i) * stride_bytes,
-                    store.row_bytes);
+      for (std::int64_t e = 0; e < store.dim; ++e) {
+        core::store_element(target, dtype, e, core::load_element(source, rows.dtype, e));
       }
     }
-    done += run;
   }
 }
 

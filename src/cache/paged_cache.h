@@ -98,8 +98,8 @@ class PagedCache {
   void write(std::int64_t layer, SequenceId sequence, std::int64_t position, const ConstTensorView& k,
              const ConstTensorView& v, const ConstTensorView& k_idx);
 
-  /// All pages of a layer, for the paged operators: [max_pages, page_size, kv_heads, head_dim] and so on. index_keys of
-  /// a layer without an index branch is an empty view.
+  /// All pages of a layer, for the paged operators: [max_pages, page_size, kv_heads, head_dim] and so on, strided: a
+  /// head's rows of a page follow each other. index_keys of a layer without an index branch is an empty view.
   ConstTensorView keys(std::int64_t layer) const;
   ConstTensorView values(std::int64_t layer) const;
   ConstTensorView index_keys(std::int64_t layer) const;
@@ -114,10 +114,14 @@ class PagedCache {
     std::int64_t length = 0;
     bool alive = false;
   };
-  /// One kind of rows of one layer: pages [max_pages, page_size * row_bytes], back to back.
+  /// One kind of rows of one layer: pages [max_pages, heads, page_size, row_bytes], back to back. A head's part of a page
+  /// is one run of memory, which attention reads whole: in 4 heads of 128 bf16 dimensions, 32 KiB from 8 pages of memory
+  /// in place of 128 runs of 256 bytes from 32 (docs/cache.md).
   struct Store {
     core::Buffer<std::byte> data;
-    std::size_t row_bytes = 0;
+    std::int64_t heads = 0;
+    std::int64_t dim = 0;
+    std::size_t row_bytes = 0;  ///< of a token and head
   };
   struct Layer {
     Store k, v, k_idx;
@@ -128,6 +132,8 @@ class PagedCache {
   const LayerShape& layer_shape(std::int64_t layer) const;
   void copy_rows(std::int32_t from_page, std::int32_t to_page, std::int64_t rows);
   void release(std::int32_t page);
+  std::byte* row_of(Store& store, std::int32_t page, std::int64_t head, std::int64_t offset) const;
+  ConstTensorView view_of(const Store& store, DType dtype) const;
   void write_rows(Store& store, DType dtype, const Sequence& sequence, std::int64_t position,
                   const ConstTensorView& rows);
 

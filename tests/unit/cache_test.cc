@@ -86,11 +86,14 @@ void expect_holds(const PagedCache& cache, SequenceId sequence, const std::vecto
     for (int kind = 0; kind < 3; ++kind) {
       const ConstTensorView& view = kinds[static_cast<std::size_t>(kind)];
       if (view.empty()) continue;
-      const std::int64_t width = view.stride(1);
+      const std::int64_t dim = view.size(view.rank - 1);
+      const std::int64_t heads = view.rank == 4 ? view.size(2) : 1;
       for (std::size_t t = 0; t < tokens.size(); ++t) {
-        const std::int64_t row = pages[t / kPage] * kPage + static_cast<std::int64_t>(t % kPage);
-        for (std::int64_t column = 0; column < width; ++column) {
-          ASSERT_EQ(core::load_element(view.data, view.dtype, row * width + column),
+        const std::int64_t row =
+            pages[t / kPage] * view.stride(0) + static_cast<std::int64_t>(t % kPage) * view.stride(1);
+        for (std::int64_t column = 0; column < heads * dim; ++column) {
+          const std::int64_t at = row + column / dim * (view.rank == 4 ? view.stride(2) : 0) + column % dim;
+          ASSERT_EQ(core::load_element(view.data, view.dtype, at),
                     row_value(tokens[t], layer, kind, column))
               << "layer " << layer << " kind " << kind << " token " << t << " column " << column;
         }
@@ -159,6 +162,15 @@ TEST(PagedCache, TakesStridedRows) {
     const std::int64_t row = cache.pages(sequence)[static_cast<std::size_t>(t / 4)] * 4 + t % 4;
     EXPECT_EQ(core::load_element(cache.keys(0).data, DType::kFloat32, row * 2 + 1), static_cast<float>(t * 7 + 1));
   }
+}
+
+TEST(PagedCache, KeepsAHeadsRowsOfAPageTogether) {
+  const PagedCache cache({.page_size = 16, .layers = {{.kv_heads = 3, .head_dim = 8, .value_dim = 4}}}, 5);
+  const ConstTensorView keys = cache.keys(0);
+  EXPECT_EQ(keys.stride(0), 3 * 16 * 8);
+  EXPECT_EQ(keys.stride(1), 8);
+  EXPECT_EQ(keys.stride(2), 16 * 8);
+  EXPECT_EQ(cache.values(0).stride(2), 16 * 4);
 }
 
 TEST(PagedCache, CropsAndAppendsAgain) {
