@@ -6,6 +6,7 @@
 #include <string>
 
 #include "msa/error.h"
+#include "src/cuda/attention_maps.h"
 
 namespace msa::cuda {
 namespace {
@@ -51,16 +52,6 @@ SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t qu
   plan.partial = take(end, queries * query_heads * topk * value_dim * 2);
   plan.bytes = end;
   return plan;
-}
-
-bool is_copyable(const ConstTensorView& view) {
-  // Pointers are null while only the workspace is asked for.
-  if (reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) return false;
-  for (int d = 0; d + 1 < view.rank; ++d) {
-    // Strides of a single element say nothing; a stride of 0 (an expanded tensor) is not for the copy engine.
-    if (view.size(d) > 1 && (view.stride(d) * 2 % 16 != 0 || view.stride(d) == 0)) return false;
-  }
-  return true;
 }
 
 }  // namespace

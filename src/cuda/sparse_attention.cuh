@@ -12,6 +12,9 @@
 
 #include "msa/context.h"
 #include "src/cuda/attention_combine.cuh"
+#include "src/cuda/attention_maps.cuh"
+#include "src/cuda/attention_tile.cuh"
+#include "src/cuda/finite_values.cuh"
 #include "src/cuda/ptx.cuh"
 #include "src/cuda/reverse_index.cuh"
 #include "src/cuda/sparse_attention.h"
@@ -43,15 +46,11 @@ struct AttendMemory {
   static constexpr std::uint32_t kKeyTile = kColumns * kKeyColumn;
   static constexpr std::uint32_t kQueryColumn = kTileRows * 128;
   static constexpr std::uint32_t kQueryTile = kColumns * kQueryColumn;
-  /// A warp's 16 rows of a column on their way out. A row of 128 + 16 bytes starts four banks further than the last, so
-  /// that eight rows by four lanes touch 32 banks.
-  static constexpr std::uint32_t kStagingRow = 144;
-  static constexpr std::uint32_t kStaging = 16 * kStagingRow;
-
-  static constexpr std::uint32_t kKeys = 0;                                        ///< two stages of K, then V
-  static constexpr std::uint32_t kQueries = kKeys + 2 * 2 * kKeyTile;              ///< two stages
-  static constexpr std::uint32_t kStagings = kQueries + 2 * kQueryTile;            ///< one a consumer warp
-  static constexpr std::uint32_t kVisits = kStagings + kConsumerWarps * kStaging;  ///< two stages of a tile's visits
+  static constexpr std::uint32_t kKeys = 0;                              ///< two stages of K, then V
+  static constexpr std::uint32_t kQueries = kKeys + 2 * 2 * kKeyTile;    ///< two stages
+  static constexpr std::uint32_t kStagings = kQueries + 2 * kQueryTile;  ///< one a consumer warp
+  static constexpr std::uint32_t kVisits =
+      kStagings + kConsumerWarps * kStagingBytes;  ///< two stages of a tile's visits
   static constexpr std::uint32_t kItems = kVisits + 2 * kTileRows * sizeof(Visit);
   static constexpr std::uint32_t kFirstNonFinite = kItems + 2 * sizeof(WorkItem);  ///< a stage: [D] keys, then a flag
   static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + 2 * (D + 1) * 4, 8);
@@ -149,36 +148,18 @@ __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const 
   }
 }
 
-/// Replaces what is not finite in V by zero, and notes for every column the first key where that happened (kBlock: at
-/// none). A matrix product multiplies every key's value by every row's probability, and 0 * NaN is NaN: without this, a
-/// value would reach rows that do not see its key. All consumers call it.
+/// Takes what is not finite out of V, and notes for every column the first key where that happened (kBlock: at none),
+/// behind them whether it happened at all. All consumers call it.
 template <class T, int D, int kBlock>
 __device__ void remove_non_finite(std::byte* values, std::int32_t* first_non_finite, std::uint32_t thread) {
-  using Memory = AttendMemory<D, kBlock>;
-  constexpr std::uint32_t kExponent = std::is_same_v<T, BFloat16> ? 0x7f80u : 0x7c00u;
   for (std::uint32_t column = thread; column <= D; column += kConsumerThreads) {
     first_non_finite[column] = column < D ? kBlock : 0;
   }
   ptx::named_sync(1, kConsumerThreads);
-  constexpr std::uint32_t kChunks = D / 8;  // 16 bytes of a row
-  for (std::uint32_t i = thread; i < kBlock * kChunks; i += kConsumerThreads) {
-    const std::uint32_t key = i / kChunks, chunk = i % kChunks;
-    auto* at = reinterpret_cast<uint4*>(values + chunk / 8 * Memory::kKeyColumn +
-                                        swizzled(key * 128 + chunk % 8 * 16, Swizzle::k128));
-    const uint4 loaded = *at;
-    std::uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-    bool is_finite = true;
-#pragma unroll
-    for (std::uint32_t e = 0; e < 8; ++e) {
-      if ((words[e / 2] >> (16 * (e % 2)) & kExponent) != kExponent) continue;
-      words[e / 2] &= 0xffff0000u >> (16 * (e % 2));
-      atomicMin(first_non_finite + chunk * 8 + e, static_cast<std::int32_t>(key));
-      is_finite = false;
-    }
-    if (is_finite) continue;
-    *at = make_uint4(words[0], words[1], words[2], words[3]);
+  zero_non_finite<T, D, kBlock>(values, thread, kConsumerThreads, [&](std::uint32_t column, std::int32_t key) {
+    atomicMin(first_non_finite + column, key);
     first_non_finite[D] = 1;
-  }
+  });
   ptx::fence_proxy_async();
   ptx::named_sync(1, kConsumerThreads);
 }
@@ -195,18 +176,7 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
 
   // S[64, kBlock] = Q K^T, 16 of the head dimension a step.
   float s[kBlock / 2];
-  {
-    const std::uint64_t q = ptx::matrix_descriptor(queries + group * 64 * 128, 16, 1024, Swizzle::k128);
-    const std::uint64_t k = ptx::matrix_descriptor(keys, 16, 1024, Swizzle::k128);
-    ptx::fence_registers(s);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (std::uint32_t step = 0; step < D / 16; ++step) {
-      ptx::wgmma<kBlock, T>(s, ptx::advance(q, step / 4 * Memory::kQueryColumn + step % 4 * 32),
-                            ptx::advance(k, step / 4 * Memory::kKeyColumn + step % 4 * 32), step > 0);
-    }
-    ptx::wgmma_commit();
-  }
+  start_scores<T, D, kBlock>(s, queries + group * 64 * 128, Memory::kQueryColumn, keys);
 
   // Meanwhile: whose rows these are. A thread holds two rows, eight apart. r / group_size as a product: exact, since
   // the rounded-up reciprocal is off by less than 1 / 65536 and r * group_size < 65536.
@@ -230,46 +200,34 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
   ptx::wgmma_wait<0>();
   ptx::fence_registers(s);
 
-  // Softmax within the block, base 2. Element i of s: row 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+  // Softmax within the block, base 2.
   float top[2] = {-infinity(), -infinity()};
 #pragma unroll
   for (int i = 0; i < kBlock / 2; ++i) {
-    const int h = i / 2 % 2;
-    const std::int32_t column = 8 * (i / 4) + 2 * static_cast<std::int32_t>(lane % 4) + i % 2;
+    const int h = fragment_half(i);
+    const std::int32_t column = fragment_column(i, lane);
     s[i] = column < visible[h] ? __fmul_rn(s[i], a.scale_log2) : -infinity();  // never fused: top is such a product
     top[h] = fmaxf(top[h], s[i]);
   }
   float sum[2] = {0, 0};
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {  // a row lies in four neighbouring lanes
-    top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(kFullMask, top[h], 2));
+  for (int h = 0; h < 2; ++h) {
+    top[h] = row_max(top[h]);
     if (top[h] == -infinity()) top[h] = 0;  // nothing but -inf, or NaN: keep the subtraction defined
   }
   std::uint32_t p[kBlock / 16][4];
 #pragma unroll
   for (int i = 0; i < kBlock / 2; i += 2) {
-    const int h = i / 2 % 2;
+    const int h = fragment_half(i);
     const float low = ptx::exp2_fast(s[i] - top[h]), high = ptx::exp2_fast(s[i + 1] - top[h]);
     sum[h] += low + high;
     p[i / 8][i / 2 % 4] = pack_two<T>(low, high);
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    sum[h] += __shfl_xor_sync(kFullMask, sum[h], 1);
-    sum[h] += __shfl_xor_sync(kFullMask, sum[h], 2);
-  }
+  for (int h = 0; h < 2; ++h) sum[h] = row_sum(sum[h]);
 
-  // O[64, D] = P V, 16 keys a step; V's rows are keys, so it is the operand's outer dimension that is contiguous.
   float o[D / 2];
-  const std::uint64_t v = ptx::matrix_descriptor(values, Memory::kKeyColumn, 1024, Swizzle::k128);
-  ptx::fence_registers(o);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (std::uint32_t step = 0; step < kBlock / 16; ++step) {
-    ptx::wgmma<D, T, ptx::Major::kOuter>(o, p[step], ptx::advance(v, step * 16 * 128), step > 0);
-  }
-  ptx::wgmma_commit();
+  start_outputs<T, D, kBlock>(o, p, values, false);
 #pragma unroll
   for (std::int32_t h = 0; h < 2; ++h) {
     const std::int32_t row = first_row + static_cast<std::int32_t>(lane / 4) + 8 * h;
@@ -282,8 +240,7 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
   if (item.is_partial != 0 && first_non_finite[D] != 0) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) {
-      const std::int32_t column = 8 * (i / 4) + 2 * static_cast<std::int32_t>(lane % 4) + i % 2;
-      if (first_non_finite[column] < visible[i / 2 % 2]) o[i] = quiet_nan();
+      if (first_non_finite[fragment_column(i, lane)] < visible[fragment_half(i)]) o[i] = quiet_nan();
     }
   }
   // Infinite values give NaN in a partial item: in every item, then, or a row's bits would depend on its company.
@@ -292,36 +249,14 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
     if (fabsf(o[i]) == infinity()) o[i] = quiet_nan();
   }
 
-  // Out through the warp's own staging rows, 16 bytes a lane: eight lanes write the 128 bytes of a row's column.
-  std::int64_t targets[4];
+  T* targets[4];
 #pragma unroll
   for (std::int32_t i = 0; i < 4; ++i) {
-    const std::int32_t row = first_row + 4 * i + static_cast<std::int32_t>(lane / 8);
+    const std::int32_t row = first_row + copied_row(i, lane);
     std::int32_t unused = 0;
-    targets[i] = row < rows ? place_of(row, unused) : -1;
+    targets[i] = row < rows ? a.partial + place_of(row, unused) * D : nullptr;
   }
-#pragma unroll
-  for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
-    __syncwarp();
-#pragma unroll
-    for (std::uint32_t j = 0; j < 8; ++j) {
-#pragma unroll
-      for (std::uint32_t h = 0; h < 2; ++h) {
-        const std::uint32_t i = (column * 8 + j) * 4 + h * 2;
-        auto* word = reinterpret_cast<std::uint32_t*>(staging + (lane / 4 + 8 * h) * Memory::kStagingRow + j * 16 +
-                                                      lane % 4 * 4);
-        *word = pack_two<T>(o[i] * inverse[h], o[i + 1] * inverse[h]);
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (std::uint32_t i = 0; i < 4; ++i) {
-      if (targets[i] < 0) continue;
-      const uint4 data =
-          *reinterpret_cast<const uint4*>(staging + (4 * i + lane / 8) * Memory::kStagingRow + lane % 8 * 16);
-      *reinterpret_cast<uint4*>(a.partial + targets[i] * D + column * 64 + lane % 8 * 8) = data;
-    }
-  }
+  store_rows<T, D>(o, inverse, staging, targets);
 }
 
 template <class T, int D, int kBlock>
@@ -330,7 +265,7 @@ __device__ __forceinline__ void consume(const AttendArguments<T>& a, std::byte* 
   using Memory = AttendMemory<D, kBlock>;
   const std::uint32_t thread = threadIdx.x - 128;
   const std::uint32_t lane = thread % kWarpSize;
-  std::byte* staging = memory + Memory::kStagings + thread / kWarpSize * Memory::kStaging;
+  std::byte* staging = memory + Memory::kStagings + thread / kWarpSize * kStagingBytes;
   std::uint32_t tile = 0;
   for (std::uint32_t number = 0;; ++number) {
     const std::uint32_t stage = number % 2;
@@ -389,47 +324,6 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
 // The call
 // -------------------------------------------------------------------------------------------------------------
 
-/// Bytes from one to the next along dimension d; where there is one only, something that a tensor map takes.
-inline std::uint64_t map_stride(const ConstTensorView& view, int d) {
-  const std::int64_t stride = view.size(d) > 1 ? view.stride(d) : view.size(view.rank - 1);
-  return static_cast<std::uint64_t>(stride) * 2;
-}
-
-/// Keys or values as the copy engine takes a block out of them: [D, heads, token, page], packed as one long page.
-template <int D, int kBlock>
-TensorMap map_keys(const ConstTensorView& view, bool is_paged) {
-  const int token = is_paged ? 1 : 0;
-  TensorMapSpec spec;
-  spec.data = view.data;
-  spec.rank = 4;
-  spec.extents[0] = D;
-  spec.extents[1] = static_cast<std::uint64_t>(view.size(token + 1));
-  spec.extents[2] = static_cast<std::uint64_t>(view.size(token));
-  spec.extents[3] = is_paged ? static_cast<std::uint64_t>(view.size(0)) : 1;
-  spec.strides[1] = map_stride(view, token + 1);
-  spec.strides[2] = map_stride(view, token);
-  spec.strides[3] = is_paged ? map_stride(view, 0) : spec.strides[2];
-  spec.box[0] = 64;
-  spec.box[2] = kBlock;
-  return make_tensor_map(spec);
-}
-
-/// Queries, a position's rows of one group at a time: [D, heads, row].
-template <int D>
-TensorMap map_queries(const ConstTensorView& view, std::int64_t group_size) {
-  TensorMapSpec spec;
-  spec.data = view.data;
-  spec.rank = 3;
-  spec.extents[0] = D;
-  spec.extents[1] = static_cast<std::uint64_t>(view.size(1));
-  spec.extents[2] = static_cast<std::uint64_t>(view.size(0));
-  spec.strides[1] = map_stride(view, 1);
-  spec.strides[2] = map_stride(view, 0);
-  spec.box[0] = 64;
-  spec.box[1] = static_cast<std::uint32_t>(group_size);
-  return make_tensor_map(spec);
-}
-
 /// run_sparse_attention of one instantiation; `thread_blocks` of the persistent kernel, one a multiprocessor.
 template <class T, int D, int kBlock>
 void run_fast_attention(const Context& context, const SparseAttentionParams& params, const SparseAttentionPlan& plan,
@@ -486,9 +380,9 @@ void run_fast_attention(const Context& context, const SparseAttentionParams& par
   const bool has_keys = key_rows > 0 && (!batch.is_paged || params.k.size(1) > 0);
   TensorMap q_map{}, k_map{}, v_map{};
   if (has_keys) {
-    q_map = map_queries<D>(params.q, attend.group_size);
-    k_map = map_keys<D, kBlock>(params.k, batch.is_paged);
-    v_map = map_keys<D, kBlock>(params.v, batch.is_paged);
+    q_map = map_queries(params.q, attend.group_size, 1);
+    k_map = map_keys(params.k, batch.is_paged, kBlock);
+    v_map = map_keys(params.v, batch.is_paged, kBlock);
   }
   for (std::int64_t first = 0; first < rows; first += plan.queries_at_once) {
     const std::int64_t queries = min_of(plan.queries_at_once, rows - first);
