@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merges what a query's blocks gave, each a normalised output and the log2 of its sum of exponentials, in ascending
-// order of the slots: out = sum_i w_i O_i / sum_i w_i, w_i = 2^(lse_i - max). One warp a (query, head). Slots that hold
-// no block of the query are never read. Tested in tests/cuda/sparse_attention_test.cc.
+// order of the slots: out = sum_i w_i O_i / sum_i w_i, w_i = 2^(lse_i - max), the maximum running along. One warp a
+// (query, head). Slots that hold no block of the query are never read. Tested in tests/cuda/sparse_attention_test.cc.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,37 @@ struct CombineArguments {
 inline constexpr unsigned kCombineWarps = 8;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+/// The weights of a row's blocks, one after the other. Whoever merges a row does these operations, rounded as they are
+/// here, in the order of its slots, so that all ways to merge give the same bits.
+struct RunningWeights {
+  float top = -infinity();  ///< largest log-sum so far
+  float total = 0;          ///< of the weights, relative to it
+
+  /// Takes the next block's log-sum: `weight` is its weight, `rescale` what the sum so far is multiplied by before.
+  __device__ void add(float lse2, float& weight, float& rescale) {
+    const float raised = fmaxf(top, lse2);  // passes NaN over; the weight does not
+    // Blocks whose scores are all -inf weigh nothing, also when there are only such.
+    rescale = raised == top ? 1.0f : ptx::exp2_fast(top - raised);
+    weight = lse2 == -infinity() ? 0.0f : ptx::exp2_fast(lse2 - raised);
+    total = __fmaf_rn(total, rescale, weight);
+    top = raised;
+  }
+  /// What the merged sum is multiplied by: with no block at all, or nothing but scores of -inf, the row is 0.
+  __device__ float inverse() const { return total == 0.0f ? 0.0f : 1.0f / total; }
+  /// Natural log of the row's sum of exponentials.
+  __device__ float lse() const { return total == 0.0f ? -infinity() : (top + log2f(total)) * kLn2; }
+};
+
+/// factor * x for a factor of 0 to 1. A weight that underflows is small, not 0: infinity stays.
+__device__ __forceinline__ float weigh(float factor, float x) {
+  return factor == 0.0f && fabsf(x) == infinity() ? x : __fmul_rn(factor, x);
+}
+/// sum * rescale + weight * value.
+__device__ __forceinline__ float merge(float sum, float rescale, float weight, float value) {
+  if (rescale != 1.0f) sum = weigh(rescale, sum);
+  return weight == 0.0f ? sum + weigh(weight, value) : __fmaf_rn(weight, value, sum);
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(CombineArguments<T> a) {
   constexpr int kColumns = D / kWarpSize;  // a lane: 2 or 4
@@ -50,21 +81,13 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
   }
   ptx::griddepcontrol_wait();
 
-  float top = -infinity();
-  for (std::int32_t slot = static_cast<std::int32_t>(lane); slot < a.topk; slot += kWarpSize) {
-    if (valid >> slot & 1) top = fmaxf(top, a.lse2[first + std::int64_t{slot} * a.group_size]);
-  }
-  top = warp_max(top);
-
+  RunningWeights weights;
   float sums[kColumns] = {};
-  float total = 0;
   for (std::int32_t slot = 0; slot < a.topk; ++slot) {
     if ((valid >> slot & 1) == 0) continue;
     const std::int64_t at = first + std::int64_t{slot} * a.group_size;
-    const float lse2 = a.lse2[at];
-    // A block whose scores are all -inf weighs nothing, also when there are only such; NaN stays NaN.
-    const float weight = lse2 == -infinity() ? 0.0f : ptx::exp2_fast(lse2 - top);
-    total += weight;
+    float weight = 0, rescale = 0;
+    weights.add(a.lse2[at], weight, rescale);
     const T* values = a.partial + at * D + lane * kColumns;
     std::uint32_t words[kColumns / 2];
     if constexpr (kColumns == 4) {
@@ -77,11 +100,10 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const T value{static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2)))};
-      sums[i] += weight * to_float(value);
+      sums[i] = merge(sums[i], rescale, weight, to_float(value));
     }
   }
-  // With no block at all, or nothing but scores of -inf, the row is 0.
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  const float inverse = weights.inverse();
   T* out = a.out.at(query, head) + lane * kColumns;
   if (a.out_is_aligned) {
     if constexpr (kColumns == 4) {
@@ -93,7 +115,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
   } else {
     for (int i = 0; i < kColumns; ++i) out[i] = from_float<T>(sums[i] * inverse);
   }
-  if (lane == 0) *a.lse.at(query, head) = total == 0.0f ? -infinity() : (top + log2f(total)) * kLn2;
+  if (lane == 0) *a.lse.at(query, head) = weights.lse();
 }
 
 }  // namespace msa::cuda

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of the queries that visit a block, block by block: a persistent kernel over the work items of
 // reverse_index.cuh. One warp feeds: it takes an item, has the copy engine bring the block's K and V, and gathers tiles
-// of 128 query rows, one copy a query position. Two warpgroups of 64 rows each compute S = Q K^T, the softmax within
-// the block and O = P V, and write O and its log-sum to the slot that the selection assigned to (query, block). No
-// atomics but the item counter; a row's bits depend on its query and its block alone. docs/cuda-sparse-attention.md has
-// the picture. Tested in tests/cuda/sparse_attention_test.cc.
+// of 128 query rows. Two warpgroups of 64 rows each compute S = Q K^T, the softmax within the block and O = P V, and
+// write O and its log-sum to the slot that the selection assigned to (query, block). No atomics but the item counter; a
+// row's bits depend on its query and its block alone. docs/cuda-sparse-attention.md has the picture. Tested in
+// tests/cuda/sparse_attention_test.cc.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +27,7 @@ inline constexpr std::uint32_t kConsumerThreads = 256;
 
 template <class T>
 struct AttendArguments {
+  Strided<const T> q;  ///< [queries, query_heads, D]
   const Visit* visits;
   const WorkItem* items;
   WorkTotals* totals;
@@ -35,7 +36,19 @@ struct AttendArguments {
   std::int32_t first_query;
   std::int32_t kv_heads, group_size, topk;
   std::int32_t positions;  ///< query positions a tile: kTileRows / group_size
-  float scale_log2;        ///< scale * log2(e)
+  /// 1 / group_size in 16 fractional bits, rounded up. row * it >> 16 is row / group_size, exactly: it is too large by
+  /// less than 2^-16, and row * group_size < 2^16.
+  std::uint32_t reciprocal;
+  float scale_log2;  ///< scale * log2(e)
+
+  /// The query position of a tile that `row` belongs to.
+  __device__ std::int32_t position_of(std::int32_t row) const {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(row) * reciprocal >> 16);
+  }
+  /// Whether a position's rows fill groups of eight, which the swizzle permutes among: the copy engine brings them, one
+  /// box a position and column. Else they would be many small boxes at odd places, and the feeding warp copies 16 bytes
+  /// a lane instead: at group size 1, 64 instructions a tile in place of 256 boxes.
+  __device__ bool has_whole_boxes() const { return group_size % 8 == 0; }
 };
 
 /// Where things lie in shared memory, in bytes. Tiles are columns of 128 bytes (64 elements), swizzled: [column][row].
@@ -52,9 +65,10 @@ struct AttendMemory {
   static constexpr std::uint32_t kVisits =
       kStagings + kConsumerWarps * kStagingBytes;  ///< two stages of a tile's visits
   static constexpr std::uint32_t kItems = kVisits + 2 * kTileRows * sizeof(Visit);
-  static constexpr std::uint32_t kFirstNonFinite = kItems + 2 * sizeof(WorkItem);  ///< a stage: [D] keys, then a flag
-  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + 2 * (D + 1) * 4, 8);
+  static constexpr std::uint32_t kNonFinite = kItems + 2 * sizeof(WorkItem);  ///< a stage: NonFinite<D>
+  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kNonFinite + 2 * sizeof(NonFinite<D>), 8);
   static constexpr std::uint32_t kBytes = kBarriers + 8 * 8;
+  static_assert(sizeof(NonFinite<D>) <= kStagingBytes);
 };
 static_assert(AttendMemory<128, 128>::kBytes <= 227 * 1024, "what a block may have on this chip");
 
@@ -62,7 +76,7 @@ static_assert(AttendMemory<128, 128>::kBytes <= 227 * 1024, "what a block may ha
 struct AttendBarriers {
   std::uint64_t* keys_full;      ///< an arrival by the feeder, and the bytes
   std::uint64_t* keys_empty;     ///< an arrival a consumer warp
-  std::uint64_t* queries_full;   ///< an arrival a lane of the feeder, and the bytes
+  std::uint64_t* queries_full;   ///< an arrival a lane of the feeder, and the bytes; two a lane without boxes
   std::uint64_t* queries_empty;  ///< an arrival a consumer warp
   __device__ explicit AttendBarriers(std::byte* at)
       : keys_full(reinterpret_cast<std::uint64_t*>(at)),
@@ -71,6 +85,61 @@ struct AttendBarriers {
         queries_empty(keys_full + 6) {}
 };
 
+/// Has the copy engine bring an item's K and V into a stage. One lane calls it.
+template <class T, int D, int kBlock>
+__device__ void feed_keys(const WorkItem& item, const TensorMap& k_map, const TensorMap& v_map, std::byte* k,
+                          std::uint64_t* full) {
+  using Memory = AttendMemory<D, kBlock>;
+  ptx::arrive_expect_bytes(full, 2 * Memory::kKeyTile);
+  const auto load = [&](std::byte* to, const TensorMap& map) {
+    for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+      ptx::tensor_load(to + column * Memory::kKeyColumn, map, full, static_cast<std::int32_t>(column * 64),
+                       item.kv_head, item.row, item.page);
+    }
+  };
+  load(k, k_map);
+  load(k + Memory::kKeyTile, v_map);
+}
+
+/// The rows of `positions` query positions by the copy engine: a box a position and column.
+template <class T, int D, int kBlock>
+__device__ void feed_boxes(const AttendArguments<T>& a, const TensorMap& q_map, std::int32_t kv_head,
+                           const Visit* visits, std::int32_t positions, std::byte* rows, std::uint64_t* full) {
+  using Memory = AttendMemory<D, kBlock>;
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
+  const std::uint32_t box = static_cast<std::uint32_t>(a.group_size) * 128;
+  const std::int32_t mine = lane < positions ? ceil_div(positions - lane, kWarpSize) : 0;
+  // The arrival makes the visits visible to those who wait for the tile.
+  ptx::arrive_expect_bytes(full, static_cast<std::uint32_t>(mine) * Memory::kColumns * box);
+  for (std::int32_t position = lane; position < positions; position += kWarpSize) {
+    for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
+      ptx::tensor_load(rows + column * Memory::kQueryColumn + static_cast<std::uint32_t>(position) * box, q_map, full,
+                       static_cast<std::int32_t>(column * 64), kv_head * a.group_size, visits[position].query);
+    }
+  }
+}
+
+/// The same by the warp's own copies, swizzled as the copy engine does. A row is D / 8 neighbouring lanes.
+template <class T, int D, int kBlock>
+__device__ void feed_pieces(const AttendArguments<T>& a, std::int32_t kv_head, const Visit* visits,
+                            std::int32_t positions, std::byte* rows, std::uint64_t* full) {
+  using Memory = AttendMemory<D, kBlock>;
+  constexpr std::int32_t kPieces = D / 8, kRowsAtOnce = kWarpSize / kPieces;
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
+  const std::int32_t piece = lane % kPieces;
+  rows += static_cast<std::uint32_t>(piece / 8) * Memory::kQueryColumn;
+  const std::uint32_t in_row = static_cast<std::uint32_t>(piece % 8 * 16);
+  const T* q = a.q.at(0, kv_head * a.group_size) + piece * 8;
+#pragma unroll 4
+  for (std::int32_t row = lane / kPieces; row < positions * a.group_size; row += kRowsAtOnce) {
+    const std::int32_t position = a.position_of(row);
+    ptx::copy_16(rows + swizzled(static_cast<std::uint32_t>(row) * 128 + in_row, Swizzle::k128),
+                 q + visits[position].query * a.q.strides[0] + (row - position * a.group_size) * a.q.strides[1]);
+  }
+  ptx::copy_arrive(full);
+  ptx::arrive(full);  // for the visits
+}
+
 /// Feeds items until there are none, then an item of count -1.
 template <class T, int D, int kBlock>
 __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const TensorMap& k_map,
@@ -78,7 +147,6 @@ __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const 
   using Memory = AttendMemory<D, kBlock>;
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
   const std::int32_t total = a.totals->items;
-  const std::uint32_t copy_bytes = static_cast<std::uint32_t>(a.group_size) * 128;  // a column of a position's rows
   std::uint32_t tile = 0;
   for (std::uint32_t number = 0;; ++number) {
     std::int32_t index = lane == 0 ? atomicAdd(&a.totals->next, 1) : 0;
@@ -99,19 +167,8 @@ __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const 
       if (item.count < 0) {
         ptx::arrive(barriers.keys_full + stage);
       } else {
-        ptx::arrive_expect_bytes(barriers.keys_full + stage, 2 * Memory::kKeyTile);
-        std::byte* k = memory + Memory::kKeys + stage * 2 * Memory::kKeyTile;
-        std::byte* v = k + Memory::kKeyTile;
-        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
-          const std::int32_t at = static_cast<std::int32_t>(column * 64);
-          ptx::tensor_load(k + column * Memory::kKeyColumn, k_map, barriers.keys_full + stage, at, item.kv_head,
-                           item.row, item.page);
-        }
-        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
-          const std::int32_t at = static_cast<std::int32_t>(column * 64);
-          ptx::tensor_load(v + column * Memory::kKeyColumn, v_map, barriers.keys_full + stage, at, item.kv_head,
-                           item.row, item.page);
-        }
+        feed_keys<T, D, kBlock>(item, k_map, v_map, memory + Memory::kKeys + stage * 2 * Memory::kKeyTile,
+                                barriers.keys_full + stage);
       }
     }
     if (item.count < 0) return;
@@ -120,45 +177,29 @@ __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const 
       const std::uint32_t at = tile % 2;
       std::byte* rows = memory + Memory::kQueries + at * Memory::kQueryTile;
       auto* visits = reinterpret_cast<Visit*>(memory + Memory::kVisits) + at * kTileRows;
-      std::uint64_t* full = barriers.queries_full + at;
       const std::int32_t positions = min_of(a.positions, item.count - done);
       ptx::wait(barriers.queries_empty + at, (tile / 2 & 1) ^ 1);
-      const std::int32_t mine = lane < positions ? ceil_div(positions - lane, kWarpSize) : 0;
-      std::int32_t queries[kTileRows / kWarpSize];
-#pragma unroll
-      for (std::int32_t i = 0; i < static_cast<std::int32_t>(kTileRows / kWarpSize); ++i) {
-        if (i >= mine) continue;
-        const std::int32_t position = lane + i * kWarpSize;
-        const Visit visit = a.visits[item.first + done + position];
-        visits[position] = visit;
-        queries[i] = visit.query;
+      for (std::int32_t position = lane; position < positions; position += kWarpSize) {
+        visits[position] = a.visits[item.first + done + position];
       }
-      // The arrival makes the visits above visible to those who wait for the tile.
-      ptx::arrive_expect_bytes(full, static_cast<std::uint32_t>(mine) * Memory::kColumns * copy_bytes);
-#pragma unroll
-      for (std::int32_t i = 0; i < static_cast<std::int32_t>(kTileRows / kWarpSize); ++i) {
-        if (i >= mine) continue;
-        const std::uint32_t position = static_cast<std::uint32_t>(lane + i * kWarpSize);
-        for (std::uint32_t column = 0; column < Memory::kColumns; ++column) {
-          ptx::tensor_load(rows + column * Memory::kQueryColumn + position * copy_bytes, q_map, full,
-                           static_cast<std::int32_t>(column * 64), item.kv_head * a.group_size, queries[i]);
-        }
+      __syncwarp();
+      if (a.has_whole_boxes()) {
+        feed_boxes<T, D, kBlock>(a, q_map, item.kv_head, visits, positions, rows, barriers.queries_full + at);
+      } else {
+        feed_pieces<T, D, kBlock>(a, item.kv_head, visits, positions, rows, barriers.queries_full + at);
       }
     }
   }
 }
 
-/// Takes what is not finite out of V, and notes for every column the first key where that happened (kBlock: at none),
-/// behind them whether it happened at all. All consumers call it.
+/// Takes what is not finite out of V and notes where it was. All consumers call it.
 template <class T, int D, int kBlock>
-__device__ void remove_non_finite(std::byte* values, std::int32_t* first_non_finite, std::uint32_t thread) {
-  for (std::uint32_t column = thread; column <= D; column += kConsumerThreads) {
-    first_non_finite[column] = column < D ? kBlock : 0;
-  }
+__device__ void remove_non_finite(std::byte* values, NonFinite<D>& found, std::uint32_t thread) {
+  for (std::uint32_t column = thread; column < D; column += kConsumerThreads) found.clear(column, kBlock);
+  if (thread == 0) found.any = 0;
   ptx::named_sync(1, kConsumerThreads);
-  zero_non_finite<T, D, kBlock>(values, thread, kConsumerThreads, [&](std::uint32_t column, std::int32_t key) {
-    atomicMin(first_non_finite + column, key);
-    first_non_finite[D] = 1;
+  zero_non_finite<T, D, kBlock>(values, thread, kConsumerThreads, [&](std::uint32_t column, std::int32_t key, T value) {
+    found.note(column, key, value);
   });
   ptx::fence_proxy_async();
   ptx::named_sync(1, kConsumerThreads);
@@ -168,8 +209,7 @@ __device__ void remove_non_finite(std::byte* values, std::int32_t* first_non_fin
 template <class T, int D, int kBlock>
 __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const WorkItem& item, const std::byte* queries,
                                             const std::byte* keys, const std::byte* values, const Visit* visits,
-                                            std::byte* staging, const std::int32_t* first_non_finite,
-                                            std::int32_t rows) {
+                                            std::byte* staging, const NonFinite<D>& non_finite, std::int32_t rows) {
   using Memory = AttendMemory<D, kBlock>;
   const std::uint32_t lane = threadIdx.x % kWarpSize;
   const std::uint32_t group = threadIdx.x / 128 - 1, warp = threadIdx.x / kWarpSize % 4;
@@ -178,11 +218,9 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
   float s[kBlock / 2];
   start_scores<T, D, kBlock>(s, queries + group * 64 * 128, Memory::kQueryColumn, keys);
 
-  // Meanwhile: whose rows these are. A thread holds two rows, eight apart. r / group_size as a product: exact, since
-  // the rounded-up reciprocal is off by less than 1 / 65536 and r * group_size < 65536.
-  const std::uint32_t reciprocal = ceil_div(65536u, static_cast<std::uint32_t>(a.group_size));
+  // Meanwhile: whose rows these are. A thread holds two rows, eight apart.
   const auto place_of = [&](std::int32_t row, std::int32_t& visible) {
-    const std::int32_t position = static_cast<std::int32_t>(static_cast<std::uint32_t>(row) * reciprocal >> 16);
+    const std::int32_t position = a.position_of(row);
     const Visit visit = visits[position];
     visible = visit.slot_and_visible >> 8;
     const std::int64_t query = visit.query - a.first_query;
@@ -237,16 +275,23 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, const W
   ptx::wgmma_wait<0>();
   ptx::fence_registers(o);
 
-  if (item.is_partial != 0 && first_non_finite[D] != 0) {
+  const NonFinite<D>* found = item.is_partial != 0 && non_finite.any != 0 ? &non_finite : nullptr;
+  if (item.is_partial == 0) {
+    float probes[2] = {0, 0};  // 0 times what is finite
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) {
-      if (first_non_finite[fragment_column(i, lane)] < visible[fragment_half(i)]) o[i] = quiet_nan();
+    for (int i = 0; i < D / 2; ++i) probes[fragment_half(i)] = fmaf(o[i], 0.0f, probes[fragment_half(i)]);
+    const std::int32_t row = first_row + static_cast<std::int32_t>(lane / 4);
+    if (__any_sync(kFullMask, (row < rows && probes[0] != 0.0f) || (row + 8 < rows && probes[1] != 0.0f))) {
+      auto* mine = reinterpret_cast<NonFinite<D>*>(staging);
+      note_non_finite<T, D, kBlock>(values, *mine);
+      found = mine;
     }
   }
-  // Infinite values give NaN in a partial item: in every item, then, or a row's bits would depend on its company.
+  if (found != nullptr) {
 #pragma unroll
-  for (int i = 0; i < D / 2; ++i) {
-    if (fabsf(o[i]) == infinity()) o[i] = quiet_nan();
+    for (int i = 0; i < D / 2; ++i) {
+      o[i] = found->correct(o[i], fragment_column(i, lane), visible[fragment_half(i)]);
+    }
   }
 
   T* targets[4];
@@ -275,16 +320,17 @@ __device__ __forceinline__ void consume(const AttendArguments<T>& a, std::byte* 
     std::byte* keys = memory + Memory::kKeys + stage * 2 * Memory::kKeyTile;
     std::byte* values = keys + Memory::kKeyTile;
     // A stage has its own: a warpgroup may start the next item while the other still reads this one's.
-    auto* first_non_finite = reinterpret_cast<std::int32_t*>(memory + Memory::kFirstNonFinite) + stage * (D + 1);
-    if (item.is_partial != 0) remove_non_finite<T, D, kBlock>(values, first_non_finite, thread);
+    NonFinite<D>& non_finite = reinterpret_cast<NonFinite<D>*>(memory + Memory::kNonFinite)[stage];
+    if (item.is_partial != 0) remove_non_finite<T, D, kBlock>(values, non_finite, thread);
     for (std::int32_t done = 0; done < item.count; done += a.positions, ++tile) {
       const std::uint32_t at = tile % 2;
       ptx::wait(barriers.queries_full + at, tile / 2 & 1);
+      if (!a.has_whole_boxes()) ptx::fence_proxy_async();  // what threads copied, a matrix product reads
       const std::int32_t rows = min_of(a.positions, item.count - done) * a.group_size;
       if (static_cast<std::int32_t>(thread / 128 * 64) < rows) {
         attend_tile<T, D, kBlock>(a, item, memory + Memory::kQueries + at * Memory::kQueryTile, keys, values,
                                   reinterpret_cast<const Visit*>(memory + Memory::kVisits) + at * kTileRows, staging,
-                                  first_non_finite, rows);
+                                  non_finite, rows);
       }
       __syncwarp();
       if (lane == 0) ptx::arrive(barriers.queries_empty + at);
@@ -304,19 +350,19 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     for (int stage = 0; stage < 2; ++stage) {
       ptx::barrier_init(barriers.keys_full + stage, 1);
       ptx::barrier_init(barriers.keys_empty + stage, kConsumerWarps);
-      ptx::barrier_init(barriers.queries_full + stage, kWarpSize);
+      ptx::barrier_init(barriers.queries_full + stage, a.has_whole_boxes() ? kWarpSize : 2 * kWarpSize);
       ptx::barrier_init(barriers.queries_empty + stage, kConsumerWarps);
     }
     ptx::fence_barrier_init();
   }
   __syncthreads();
   ptx::griddepcontrol_launch();  // the merge may be set up behind this; it waits for this kernel's end
-  // 65536 registers: 128 * 40 + 256 * 232 = 64512.
+  // 65536 registers: 128 * 72 + 256 * 216 = 64512.
   if (threadIdx.x < 128) {
-    ptx::lower_registers<40>();
+    ptx::lower_registers<72>();
     if (threadIdx.x < kWarpSize) feed<T, D, kBlock>(a, q_map, k_map, v_map, memory, barriers);
   } else {
-    ptx::raise_registers<232>();
+    ptx::raise_registers<216>();
     consume<T, D, kBlock>(a, memory, barriers);
   }
 }
@@ -351,6 +397,7 @@ void run_fast_attention(const Context& context, const SparseAttentionParams& par
   index.items = reinterpret_cast<WorkItem*>(workspace + plan.items);
 
   AttendArguments<T> attend{};
+  attend.q = strided<T>(params.q);
   attend.visits = index.visits;
   attend.items = index.items;
   attend.totals = index.totals;
@@ -360,6 +407,7 @@ void run_fast_attention(const Context& context, const SparseAttentionParams& par
   attend.group_size = static_cast<std::int32_t>(query_heads / kv_heads);
   attend.topk = index.topk;
   attend.positions = static_cast<std::int32_t>(plan.positions_per_tile);
+  attend.reciprocal = ceil_div(65536u, static_cast<std::uint32_t>(attend.group_size));
   attend.scale_log2 = static_cast<float>(*params.scale * 1.4426950408889634);
 
   CombineArguments<T> combine{};

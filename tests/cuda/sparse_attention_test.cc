@@ -114,6 +114,9 @@ std::vector<Case> fast_cases() {
       {{8, 2, 128, 128, 16, 128, 1}, {{20, 300}, {130, 140}}, bf16, bf16, Layout::kContiguous, 0},
       {{64, 1, 64, 64, 16, 64, 5}, speculate(64), bf16, bf16, Layout::kContiguous, 1},
       {{48, 1, 64, 64, 16, 64, 2}, decode(64), f16, f16, Layout::kContiguous, 0},
+      {{12, 1, 128, 128, 16, 64, 3}, edges(64), f16, bf16, Layout::kContiguous, 2},
+      {{5, 1, 64, 64, 16, 128, 2}, speculate(128), bf16, bf16, Layout::kContiguous, 0},
+      {{24, 1, 128, 128, 16, 64, 2}, decode(64), bf16, bf16, Layout::kContiguous, 1},
   };
 }
 
@@ -200,25 +203,47 @@ TEST(FastSparseAttentionRules, WhatARowDoesNotSeeNeverReachesIt) {
   }
 }
 
-TEST(FastSparseAttentionRules, ValuesAloneAreNotFinite) {
-  // The keys are fine, so that only 0 * NaN could carry a value to a row that does not see it.
-  Problem problem(
-      Case{{2, 1, 128, 128, 16, 128, 1}, {{100, 100}}, DType::kFloat16, DType::kFloat16, Layout::kContiguous});
-  const AttentionResult want = run(problem.sparse_params());
-  problem.v.set(std::numeric_limits<double>::quiet_NaN(), 60, 0, 7);
-  problem.v.set(kInfinity, 90, 0, 100);
-  const AttentionResult got = run(problem.sparse_params());
-  for (std::int64_t row = 0; row < 100; ++row) {
-    for (std::int64_t d = 0; d < 128; ++d) {
-      const bool sees = (d == 7 && row >= 60) || (d == 100 && row >= 90);
-      if (sees) {
-        ASSERT_FALSE(std::isfinite(got.out.at(row, 1, d))) << row << " " << d;
-      } else {
-        ASSERT_EQ(got.out.at(row, 1, d), want.out.at(row, 1, d)) << row << " " << d;
+void expect_same_values(const AttentionResult& got, const AttentionResult& want, double tolerance) {
+  for (std::int64_t row = 0; row < got.out.size(0); ++row) {
+    for (std::int64_t head = 0; head < got.out.size(1); ++head) {
+      for (std::int64_t d = 0; d < got.out.size(2); ++d) {
+        const double a = got.out.at(row, head, d), b = want.out.at(row, head, d);
+        if (std::isfinite(b)) {
+          ASSERT_NEAR(a, b, tolerance) << row << " " << head << " " << d;
+        } else {
+          ASSERT_TRUE(a == b || (std::isnan(a) && std::isnan(b))) << row << " " << head << " " << d << ": " << a;
+        }
       }
     }
   }
-  expect_same_bytes("lse", got.lse, want.lse);
+}
+
+TEST(FastSparseAttentionRules, ValuesAloneAreNotFinite) {
+  // The keys are fine, so that only 0 * NaN could carry a value to a row that does not see it, and rows that see
+  // infinity are infinite, as in the reference, also where its probability underflows (key 20 against the others).
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    Problem problem(Case{{6, 1, 128, 128, 16, 64, 3}, {{200, 200}}, dtype, dtype, Layout::kContiguous});
+    const AttentionResult clean = run(problem.sparse_params());
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    problem.v.set(nan, 60, 0, 7);
+    problem.v.set(kInfinity, 90, 0, 100);
+    problem.v.set(kInfinity, 20, 0, 101);
+    problem.v.set(-kInfinity, 21, 0, 102);
+    problem.v.set(kInfinity, 22, 0, 103);
+    problem.v.set(-kInfinity, 150, 0, 103);
+    problem.v.set(nan, 199, 0, 101);
+    for (const double factor : {1.0, 60.0}) {  // of key 20: its scores rise and fall by it
+      SCOPED_TRACE(factor);
+      Problem wild = problem;
+      for (std::int64_t d = 0; d < 128; ++d) wild.k.set(factor * wild.k.at(20, 0, d), 20, 0, d);
+      const AttentionResult want = run_sparse(msa::testing::reference_context(), wild.sparse_params());
+      const AttentionResult got = run(wild.sparse_params());
+      expect_same_values(got, want, 0.05);
+      expect_same(run(wild.sparse_params(), 7), got);
+      expect_same(run(wild.sparse_params(), 0, false), got);
+      if (factor == 1) expect_same_bytes("lse", got.lse, clean.lse);
+    }
+  }
 }
 
 TEST(FastSparseAttentionRules, RowsWithoutBlocksAndPaddingRowsAreInert) {
