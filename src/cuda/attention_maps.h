@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tensors of attention the copy engine can read, for the plans of the fast kernels; the maps it reads them by are
-// in attention_maps.cuh. Tested in tests/cuda/sparse_attention_test.cc and dense_attention_test.cc.
+// The tiles of the fast attention kernels, and which tensors the copy engine can read, for their plans; the maps it
+// reads them by are in attention_maps.cuh. Tested in tests/cuda/sparse_attention_test.cc and dense_attention_test.cc.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,9 @@
 #include "msa/tensor.h"
 
 namespace msa::cuda {
+
+inline constexpr std::int64_t kTileRows = 128;     ///< query rows a tile: two warpgroups of 64
+inline constexpr std::int64_t kMaxGroupSize = 64;  ///< of the fast paths
 
 /// Whether rows begin at multiples of 16 bytes. Data is null while only the workspace is asked for.
 inline bool is_copyable(const ConstTensorView& view) {

@@ -4,6 +4,7 @@
 // agree. docs/cuda.md has the table.
 #include "src/cuda/operators.h"
 
+#include "src/cuda/dense_attention.h"
 #include "src/cuda/generic/attention.h"
 #include "src/cuda/generic/block_mass.h"
 #include "src/cuda/generic/index_kl.h"
@@ -67,9 +68,15 @@ std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& par
 
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
                      const TensorView& lse) {
-  generic::attention(context.stream, generic::over_whole_prefix(params), out, lse);
+  if (is_fast_geometry(params) && has_fast_layout(params)) {
+    run_dense_attention(context, params, plan_dense_attention(params, context.workspace_bytes), out, lse);
+  } else {
+    generic::attention(context.stream, generic::over_whole_prefix(params), out, lse);
+  }
 }
-std::size_t dense_attention_workspace(const DenseAttentionParams&) { return 0; }
+std::size_t dense_attention_workspace(const DenseAttentionParams& params) {
+  return is_fast_geometry(params) && has_fast_layout(params) ? plan_dense_attention(params, 0).bytes : 0;
+}
 
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
                               const AttentionGrads& grads) {

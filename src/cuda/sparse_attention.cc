@@ -6,7 +6,6 @@
 #include <string>
 
 #include "msa/error.h"
-#include "src/cuda/attention_maps.h"
 
 namespace msa::cuda {
 namespace {

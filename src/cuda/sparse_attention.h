@@ -9,11 +9,10 @@
 #include <cstdint>
 
 #include "msa/attention.h"
+#include "src/cuda/attention_maps.h"
 
 namespace msa::cuda {
 
-inline constexpr std::int64_t kTileRows = 128;     ///< query rows a tile: two warpgroups of 64
-inline constexpr std::int64_t kMaxGroupSize = 64;  ///< of the fast path
 /// Tiles a work item takes at most. An item reads K and V once, 4 Bk D bytes; a tile reads and writes 4 * 128 D, so
 /// from 16 tiles on a block's keys are a thirtieth of the traffic, and a sink of 128K visits still makes a thousand
 /// items.

@@ -18,6 +18,7 @@ CUDA_BIN = [os.path.join(os.environ.get(name, "/usr/local/cuda"), "bin") for nam
 HOT = {
     "score_blocks_kernel": "HGMMA",
     "attend_blocks": "HGMMA",
+    "attend_prefix": "HGMMA",
 }
 SOURCES = sorted((ROOT / "src/cuda").rglob("*.cu*"))
 
