@@ -200,6 +200,25 @@ def bench_sparse_forward(clock, add, longest):
             {"attend": seconds}, {"attend": 4 * pairs * HQ * D})
 
 
+def bench_dense_forward(clock, add, longest):
+    """Dense attention against torch's: whole sequences, a chunk behind a prefix, a decode step in bfloat16 and float8."""
+    for queries, keys in ((8 * K, 8 * K), (32 * K, 32 * K), (2 * K, 128 * K), (1, 128 * K), (1, 1024 * K)):
+        if keys > longest:
+            continue
+        q, k, v, _, _ = tensors(queries, keys)
+        cu = (bounds(queries), bounds(keys))
+        time_of = clock.replay if queries == 1 else clock
+        seconds = {"ours": time_of(lambda: msa.dense_attention(q, k, v, *cu))}
+        if queries == 1:
+            narrow = [t.to(torch.float8_e4m3fn) for t in (k, v)]
+            seconds["float8"] = time_of(lambda: msa.dense_attention(q, *narrow, *cu))
+        seconds["torch"], which = sdpa(q, k, v, queries > 1, clock)
+        flops = {name: 4 * visible_pairs(queries, keys) * HQ * D for name in ("ours", "torch")}
+        traffic = {"ours": keys * HKV * 2 * D * 2, "float8": keys * HKV * 2 * D} if queries == 1 else {}
+        add("dense_forward", {"queries": queries, "keys": keys}, seconds, flops, traffic, dense_backend=which,
+            speedup=seconds["torch"] / seconds["ours"])
+
+
 def bench_training(clock, add, longest):
     for keys in (32 * K, 128 * K):
         if keys > longest:
@@ -224,6 +243,7 @@ PARTS = {
     "decode": bench_decode,
     "prefill": bench_prefill,
     "sparse_forward": bench_sparse_forward,
+    "dense_forward": bench_dense_forward,
     "training": bench_training,
 }
 

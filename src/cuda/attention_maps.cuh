@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the copy engine takes queries, keys and values of attention out of their tensors: columns of 128 bytes of a row,
-// one below the other, in the 128-byte swizzle. Tested in tests/cuda/sparse_attention_test.cc and
-// dense_attention_test.cc.
+// one below the other, in the 128-byte swizzle; float8 in whole rows, to be widened (float8_tile.cuh). Tested in
+// tests/cuda/sparse_attention_test.cc and dense_attention_test.cc.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,10 @@ inline TensorMap map_keys(const ConstTensorView& view, bool is_paged, std::int64
   spec.strides[3] = is_paged ? map_stride(view, 0) : spec.strides[2];
   spec.box[0] = 64;
   spec.box[2] = static_cast<std::uint32_t>(rows);
+  if (view.dtype == DType::kFloat8E4M3) {
+    spec.box[0] = static_cast<std::uint32_t>(view.size(token + 2));
+    spec.swizzle = Swizzle::kNone;
+  }
   return make_tensor_map(spec);
 }
 

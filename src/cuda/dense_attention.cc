@@ -56,9 +56,9 @@ bool is_fast_geometry(const DenseAttentionParams& params) {
   const DType dtype = params.q.dtype;
   const std::int64_t head_dim = params.q.size(2);
   const std::int64_t group = params.q.size(1) / params.k.size(params.k.rank - 2);
-  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && params.k.dtype == dtype &&
-         params.v.dtype == dtype && (head_dim == 64 || head_dim == 128) &&
-         params.v.size(params.v.rank - 1) == head_dim && group <= kMaxGroupSize;
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) &&
+         (params.k.dtype == dtype || params.k.dtype == DType::kFloat8E4M3) && params.v.dtype == params.k.dtype &&
+         (head_dim == 64 || head_dim == 128) && params.v.size(params.v.rank - 1) == head_dim && group <= kMaxGroupSize;
 }
 
 bool has_fast_layout(const DenseAttentionParams& params) {

@@ -8,8 +8,9 @@ namespace msa::cuda {
 void run_dense_attention(const Context& context, const DenseAttentionParams& params, const DenseAttentionPlan& plan,
                          const TensorView& out, const TensorView& lse) {
   const auto multiprocessors = static_cast<unsigned>(multiprocessor_count());
-  with_dense_geometry(
-      params, [&]<class T, int D>() { run_fast_dense<T, D>(context, params, plan, multiprocessors, out, lse); });
+  with_dense_geometry(params, [&]<class T, int D, bool kWidens>() {
+    run_fast_dense<T, D, kWidens>(context, params, plan, multiprocessors, out, lse);
+  });
 }
 
 }  // namespace msa::cuda

@@ -19,6 +19,7 @@
 #include "src/cuda/batch.cuh"
 #include "src/cuda/dense_attention.h"
 #include "src/cuda/finite_values.cuh"
+#include "src/cuda/float8_tile.cuh"
 #include "src/cuda/tile_ring.cuh"
 
 namespace msa::cuda {
@@ -116,6 +117,7 @@ __device__ void for_each_item(const DenseOrder& a, const Body& body) {
 
 inline constexpr unsigned kDenseThreads = 384;  // a warpgroup that feeds, two that compute
 inline constexpr std::uint32_t kDenseConsumers = 256, kDenseConsumerWarps = 8;
+inline constexpr std::uint32_t kWidenWarps = 3;  // of the feeding warpgroup, for float8
 inline constexpr float kDenseLn2 = 0.6931471805599453f;
 
 template <class T>
@@ -137,56 +139,74 @@ struct DenseArguments {
   bool out_is_aligned;     ///< to 16 bytes, every row
 };
 
-/// Where things lie in shared memory, in bytes.
-template <int D>
+/// Where things lie in shared memory, in bytes. kWidens: keys and values come as float8, and are widened on the way.
+template <int D, bool kWidens>
 struct DenseMemory {
   static constexpr std::uint32_t kKeys = static_cast<std::uint32_t>(kDenseTileKeys);
   static constexpr std::uint32_t kRows = static_cast<std::uint32_t>(kTileRows);
   static constexpr std::uint32_t kQueryColumn = kRows * 128;
   static constexpr std::uint32_t kStages = D == 128 ? 2 : 4;
-  using Ring = TileRing<kStages, kKeys * D * 2>;
+  using KeyRing = TileRing<kStages, kKeys * D * 2>;
+  using ValueRing = TileRing<kWidens ? kStages / 2 : kStages, kKeys * D * 2>;  // what is left beside those stored
+  using StoredRing = TileRing<kWidens ? kStages : 0, kKeys * D>;               ///< of keys and values by turns
   /// One warp's rows of what the spans so far gave; later the way out of its rows.
   static constexpr std::uint32_t kWarpTotals = 16 * D * 4;
   static_assert(kWarpTotals >= kStagingBytes);
 
   static constexpr std::uint32_t kQueryTile = 0;
   static constexpr std::uint32_t kKeyTiles = kQueryTile + kRows * D * 2;
-  static constexpr std::uint32_t kValueTiles = kKeyTiles + Ring::kTileBytes;
-  static constexpr std::uint32_t kTotals = kValueTiles + Ring::kTileBytes;
+  static constexpr std::uint32_t kValueTiles = kKeyTiles + KeyRing::kTileBytes;
+  static constexpr std::uint32_t kStoredTiles = kValueTiles + ValueRing::kTileBytes;
+  static constexpr std::uint32_t kTotals = kStoredTiles + StoredRing::kTileBytes;
   static constexpr std::uint32_t kItem = kTotals + kDenseConsumerWarps * kWarpTotals;
   static constexpr std::uint32_t kFirstNonFinite = kItem + sizeof(DenseItem);  ///< two: [D] keys, then a flag
-  static constexpr std::uint32_t kBarriers = round_up<std::uint32_t>(kFirstNonFinite + 2 * (D + 1) * 4, 8);
-  static constexpr std::uint32_t kBytes = kBarriers + 2 * Ring::kBarrierBytes + 2 * 8;
+  static constexpr std::uint32_t kStoredEnd = kFirstNonFinite + 2 * (D + 1) * 4;
+  static constexpr std::uint32_t kKeyBarriers = round_up<std::uint32_t>(kStoredEnd + 4, 8);
+  static constexpr std::uint32_t kValueBarriers = kKeyBarriers + KeyRing::kBarrierBytes;
+  static constexpr std::uint32_t kStoredBarriers = kValueBarriers + ValueRing::kBarrierBytes;
+  static constexpr std::uint32_t kQueryBarriers = kStoredBarriers + StoredRing::kBarrierBytes;
+  static constexpr std::uint32_t kBytes = kQueryBarriers + 2 * 8;
 };
-static_assert(DenseMemory<128>::kBytes <= 227 * 1024, "what a block may have on this chip");
+static_assert(DenseMemory<128, false>::kBytes <= 227 * 1024, "what a block may have on this chip");
+static_assert(DenseMemory<128, true>::kBytes <= 227 * 1024);
 
 /// What feeder and consumers share.
-template <int D>
+template <int D, bool kWidens>
 struct DenseRings {
-  using Memory = DenseMemory<D>;
-  typename Memory::Ring keys, values;
+  using Memory = DenseMemory<D, kWidens>;
+  typename Memory::KeyRing keys;
+  typename Memory::ValueRing values;
+  typename Memory::StoredRing stored;
+  std::int32_t* stored_end;  ///< 1: what is full is no tile, there is no more
   std::uint64_t* queries_full;
   std::uint64_t* queries_free;
   std::byte* queries;
   DenseItem* item;  ///< full and free with the queries
   __device__ explicit DenseRings(std::byte* memory)
-      : keys{memory + Memory::kKeyTiles, reinterpret_cast<std::uint64_t*>(memory + Memory::kBarriers)},
-        values{memory + Memory::kValueTiles, keys.barriers + 2 * Memory::kStages},
-        queries_full(values.barriers + 2 * Memory::kStages),
+      : keys{memory + Memory::kKeyTiles, reinterpret_cast<std::uint64_t*>(memory + Memory::kKeyBarriers)},
+        values{memory + Memory::kValueTiles, reinterpret_cast<std::uint64_t*>(memory + Memory::kValueBarriers)},
+        stored{memory + Memory::kStoredTiles, reinterpret_cast<std::uint64_t*>(memory + Memory::kStoredBarriers)},
+        stored_end(reinterpret_cast<std::int32_t*>(memory + Memory::kStoredEnd)),
+        queries_full(reinterpret_cast<std::uint64_t*>(memory + Memory::kQueryBarriers)),
         queries_free(queries_full + 1),
         queries(memory + Memory::kQueryTile),
         item(reinterpret_cast<DenseItem*>(memory + Memory::kItem)) {}
 };
 
-/// Starts the copies of the tile of keys or values that begins at `key`. All lanes of a warp call it.
-template <class T, int D>
+/// Starts the copies of the tile of keys or values that begins at `key`, when its stage is free. All lanes of a warp
+/// call it. Float8 comes in whole rows, 16-bit types in columns of 64.
+template <int D, bool kWidens, class T, class Ring>
 __device__ __forceinline__ void load_tile(const DenseArguments<T>& a, const DenseItem& item, const TensorMap& map,
-                                          std::int32_t key, std::byte* tile, std::uint64_t* full) {
+                                          std::int32_t key, const Ring& ring, std::uint32_t number) {
+  constexpr std::uint32_t kColumns = kWidens ? 1 : D / 64, kRowBytes = kWidens ? D : 128;
+  ring.wait_free(number);
+  std::uint64_t* full = ring.full(number);
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
   // Copies that would begin behind the last key are left out: the page table has no entry there.
   const std::int32_t keys = min_of(item.end - key, static_cast<std::int32_t>(kDenseTileKeys));
   const std::int32_t copies = ceil_div(keys, a.copy_keys);
-  if (lane == 0) ptx::arrive_expect_bytes(full, static_cast<std::uint32_t>(copies * a.copy_keys) * D * 2);
+  if (lane == 0)
+    ptx::arrive_expect_bytes(full, static_cast<std::uint32_t>(copies * a.copy_keys) * kColumns * kRowBytes);
   __syncwarp();
 #pragma unroll 1
   for (std::int32_t i = lane; i < copies; i += kWarpSize) {
@@ -201,18 +221,21 @@ __device__ __forceinline__ void load_tile(const DenseArguments<T>& a, const Dens
       row += a.batch.cu_seqlens_k[item.sequence];
     }
 #pragma unroll 1
-    for (std::uint32_t column = 0; column < D / 64; ++column) {
-      const std::uint32_t to = column * DenseMemory<D>::kKeys * 128 + static_cast<std::uint32_t>(i * a.copy_keys) * 128;
-      ptx::tensor_load(tile + to, map, full, static_cast<std::int32_t>(column * 64), item.kv_head, row, page);
+    for (std::uint32_t column = 0; column < kColumns; ++column) {
+      const std::uint32_t to =
+          (column * static_cast<std::uint32_t>(kDenseTileKeys) + static_cast<std::uint32_t>(i * a.copy_keys)) *
+          kRowBytes;
+      ptx::tensor_load(ring.tile(number) + to, map, full, static_cast<std::int32_t>(column * 64), item.kv_head, row,
+                       page);
     }
   }
 }
 
 /// Feeds items until there are none, then one of count -1.
-template <class T, int D>
+template <class T, int D, bool kWidens>
 __device__ void feed_dense(const DenseArguments<T>& a, const TensorMap& q_map, const TensorMap& k_map,
-                           const TensorMap& v_map, const DenseRings<D>& rings) {
-  using Memory = DenseMemory<D>;
+                           const TensorMap& v_map, const DenseRings<D, kWidens>& rings) {
+  using Memory = DenseMemory<D, kWidens>;
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
   const std::int32_t total = a.totals->items * a.kv_heads;
   const std::int32_t positions = static_cast<std::int32_t>(kTileRows) / a.group_size;
@@ -239,14 +262,49 @@ __device__ void feed_dense(const DenseArguments<T>& a, const TensorMap& q_map, c
         }
       }
     }
-    if (item.count < 0) return;
+    if (item.count < 0) break;
     for (std::int32_t key = item.first_key; key < item.end; key += static_cast<std::int32_t>(kDenseTileKeys)) {
-      rings.keys.wait_free(number);
-      load_tile<T, D>(a, item, k_map, key, rings.keys.tile(number), rings.keys.full(number));
-      rings.values.wait_free(number);
-      load_tile<T, D>(a, item, v_map, key, rings.values.tile(number), rings.values.full(number));
+      if constexpr (kWidens) {
+        load_tile<D, kWidens>(a, item, k_map, key, rings.stored, 2 * number);
+        load_tile<D, kWidens>(a, item, v_map, key, rings.stored, 2 * number + 1);
+      } else {
+        load_tile<D, kWidens>(a, item, k_map, key, rings.keys, number);
+        load_tile<D, kWidens>(a, item, v_map, key, rings.values, number);
+      }
       ++number;
     }
+  }
+  if constexpr (kWidens) {
+    // Those who widen wait for one tile more: when all others are free, they find that it is none.
+    for (std::uint32_t i = 0; i < Memory::kStages; ++i) rings.stored.wait_free(2 * number + i);
+    if (lane == 0) {
+      *rings.stored_end = 1;
+      ptx::arrive(rings.stored.full(2 * number));
+    }
+  }
+}
+
+/// Writes the tiles of float8 once more, as T: the other warps of the feeding warpgroup.
+template <class T, int D>
+__device__ void widen_dense(const DenseRings<D, true>& rings) {
+  constexpr int kKeys = static_cast<int>(kDenseTileKeys);
+  const std::uint32_t thread = threadIdx.x - kWarpSize;
+  const auto widen = [&](const std::byte* stored, const auto& ring, std::uint32_t number) {
+    ring.wait_free(number);
+    widen_tile<T, D, kKeys>(stored, ring.tile(number), thread, kWidenWarps * kWarpSize);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (thread % kWarpSize == 0) ptx::arrive(ring.full(number));
+  };
+  for (std::uint32_t number = 0;; ++number) {
+    rings.stored.wait_full(number);
+    if (*rings.stored_end != 0) return;
+    if (number % 2 == 0) {
+      widen(rings.stored.tile(number), rings.keys, number / 2);
+    } else {
+      widen(rings.stored.tile(number), rings.values, number / 2);
+    }
+    rings.stored.release(number);
   }
 }
 
@@ -272,14 +330,19 @@ __device__ __forceinline__ float merge_sums(float sum, float next, const float2&
   return __fmaf_rn(next, factors.y, __fmul_rn(sum, factors.x));
 }
 
+/// The log-sum of a row, -inf where it sees no key.
+__device__ __forceinline__ float natural_log_sum(float top, float sum) {
+  return sum == 0.0f ? -infinity() : (top + log2f(sum)) * kDenseLn2;
+}
+
 /// A consumer's view of its item.
-template <class T, int D>
+template <class T, int D, bool kWidens>
 struct DenseConsumer {
   static constexpr int kKeys = static_cast<int>(kDenseTileKeys);
-  using Memory = DenseMemory<D>;
+  using Memory = DenseMemory<D, kWidens>;
 
   const DenseArguments<T>& a;
-  const DenseRings<D>& rings;
+  const DenseRings<D, kWidens>& rings;
   std::byte* memory;
   std::uint32_t thread, lane, warp;  ///< of the consumers; warp 0 to 7 has rows 16 * warp ..
   DenseItem item{};
@@ -499,7 +562,7 @@ struct DenseConsumer {
       inverse[h] = state.sum[h] == 0.0f ? 0.0f : 1.0f / state.sum[h];
       if (lane % 4 != 0 || row_of(h) >= rows()) continue;
       *a.lse.at(item.first_query + row_of(h) / a.group_size, item.kv_head * a.group_size + row_of(h) % a.group_size) =
-          natural_log(state.top[h], state.sum[h]);
+          natural_log_sum(state.top[h], state.sum[h]);
     }
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] += 0.0f;  // -0 becomes 0: whether tiles of zeros came behind would show
@@ -519,10 +582,6 @@ struct DenseConsumer {
       const int h = fragment_half(i);
       if (row_of(h) < rows()) out_row(row_of(h))[fragment_column(i, lane)] = from_float<T>(o[i] * inverse[h]);
     }
-  }
-
-  static __device__ __forceinline__ float natural_log(float top, float sum) {
-    return sum == 0.0f ? -infinity() : (top + log2f(sum)) * kDenseLn2;
   }
 
   /// All spans of the item.
@@ -547,11 +606,11 @@ struct DenseConsumer {
   }
 };
 
-template <class T, int D>
+template <class T, int D, bool kWidens>
 __device__ __forceinline__ void consume_dense(const DenseArguments<T>& a, std::byte* memory,
-                                              const DenseRings<D>& rings) {
+                                              const DenseRings<D, kWidens>& rings) {
   const std::uint32_t thread = threadIdx.x - 128;
-  DenseConsumer<T, D> consumer{a, rings, memory, thread, thread % kWarpSize, thread / kWarpSize};
+  DenseConsumer<T, D, kWidens> consumer{a, rings, memory, thread, thread % kWarpSize, thread / kWarpSize};
   std::uint32_t number = 0;
   for (std::uint32_t taken = 0;; ++taken) {
     ptx::wait(rings.queries_full, taken & 1);
@@ -570,15 +629,17 @@ __device__ __forceinline__ void consume_dense(const DenseArguments<T>& a, std::b
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool kWidens>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     attend_prefix(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                   const __grid_constant__ TensorMap v_map, DenseArguments<T> a) {
   std::byte* memory = shared_memory();
-  const DenseRings<D> rings(memory);
+  const DenseRings<D, kWidens> rings(memory);
   if (threadIdx.x == 0) {
-    rings.keys.init(1, kDenseConsumerWarps);
-    rings.values.init(1, kDenseConsumerWarps);
+    rings.keys.init(kWidens ? kWidenWarps : 1, kDenseConsumerWarps);
+    rings.values.init(kWidens ? kWidenWarps : 1, kDenseConsumerWarps);
+    if constexpr (kWidens) rings.stored.init(1, kWidenWarps);
+    *rings.stored_end = 0;
     ptx::barrier_init(rings.queries_full, 1);
     ptx::barrier_init(rings.queries_free, kDenseConsumerWarps);
     ptx::fence_barrier_init();
@@ -588,10 +649,14 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
   // 65536 registers: 128 * 40 + 256 * 232 = 64512.
   if (threadIdx.x < 128) {
     ptx::lower_registers<40>();
-    if (threadIdx.x < kWarpSize) feed_dense<T, D>(a, q_map, k_map, v_map, rings);
+    if (threadIdx.x < kWarpSize) {
+      feed_dense<T, D, kWidens>(a, q_map, k_map, v_map, rings);
+    } else if constexpr (kWidens) {
+      widen_dense<T, D>(rings);
+    }
   } else {
     ptx::raise_registers<232>();
-    consume_dense<T, D>(a, memory, rings);
+    consume_dense<T, D, kWidens>(a, memory, rings);
   }
 }
 
@@ -632,7 +697,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize) merge_spans(DenseArgum
   T* out = a.out.at(query, head) + lane * kColumns;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) out[i] = from_float<T>((o[i] + 0.0f) * inverse);
-  if (lane == 0) *a.lse.at(query, head) = DenseConsumer<T, D>::natural_log(top, sum);
+  if (lane == 0) *a.lse.at(query, head) = natural_log_sum(top, sum);
 }
 
 // The call
@@ -681,7 +746,7 @@ DenseOrder dense_order(const DenseArguments<T>& a, const DenseAttentionPlan& pla
 }
 
 /// run_dense_attention of one instantiation; `thread_blocks` of the persistent kernel, one a multiprocessor.
-template <class T, int D>
+template <class T, int D, bool kWidens>
 void run_fast_dense(const Context& context, const DenseAttentionParams& params, const DenseAttentionPlan& plan,
                     unsigned thread_blocks, const TensorView& out, const TensorView& lse) {
   const std::int64_t rows = params.q.size(0);
@@ -699,8 +764,8 @@ void run_fast_dense(const Context& context, const DenseAttentionParams& params, 
     order.first_query = a.first_query = static_cast<std::int32_t>(first);
     order.queries = static_cast<std::int32_t>(queries);
     launch(dim3(1), dim3(kOrderThreads), 0, context.stream, order_items, order);
-    launch(dim3(thread_blocks), dim3(kDenseThreads), DenseMemory<D>::kBytes, context.stream, attend_prefix<T, D>, q_map,
-           k_map, v_map, a);
+    launch(dim3(thread_blocks), dim3(kDenseThreads), DenseMemory<D, kWidens>::kBytes, context.stream,
+           attend_prefix<T, D, kWidens>, q_map, k_map, v_map, a);
     if (!plan.is_split) continue;
     const std::int64_t warps = queries * params.q.size(1);
     launch_dependent(dim3(static_cast<unsigned>(ceil_div(warps, std::int64_t{kMergeWarps}))),
@@ -709,14 +774,21 @@ void run_fast_dense(const Context& context, const DenseAttentionParams& params, 
   }
 }
 
-/// Calls body.template operator()<T, D>() for the instantiation that the geometry asks for.
+/// Calls body.template operator()<T, D, kWidens>() for the instantiation that the geometry asks for.
 template <class Body>
 void with_dense_geometry(const DenseAttentionParams& params, const Body& body) {
+  const auto with_storage = [&]<class T, int D>() {
+    if (params.k.dtype == DType::kFloat8E4M3) {
+      body.template operator()<T, D, true>();
+    } else {
+      body.template operator()<T, D, false>();
+    }
+  };
   const auto with_dim = [&]<class T>() {
     if (params.q.size(2) == 64) {
-      body.template operator()<T, 64>();
+      with_storage.template operator()<T, 64>();
     } else {
-      body.template operator()<T, 128>();
+      with_storage.template operator()<T, 128>();
     }
   };
   if (params.q.dtype == DType::kBFloat16) {

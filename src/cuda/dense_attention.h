@@ -36,7 +36,7 @@ struct DenseAttentionPlan {
 };
 
 /// Whether geometry and dtype are those of the fast path: bfloat16 or float16, head_dim = value_dim in {64, 128}, at
-/// most kMaxGroupSize query heads a kv head; keys and values of that type.
+/// most kMaxGroupSize query heads a kv head; keys and values of that type, or both float8.
 bool is_fast_geometry(const DenseAttentionParams& params);
 /// Whether the copy engine can read q, k and v: 16-byte aligned, strides multiples of 16 bytes.
 bool has_fast_layout(const DenseAttentionParams& params);

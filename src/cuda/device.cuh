@@ -110,6 +110,28 @@ __device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
 #endif
 }
 
+/// Four float8 numbers of a word, as T: every one of them is a number of both 16-bit types.
+template <class T>
+__device__ __forceinline__ uint2 widen_four(std::uint32_t word) {
+#if !defined(MSA_CUDA_EMULATION)
+  std::uint32_t halves[2];  // two at a time, in float16
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (16 * i)), __NV_E4M3);
+    halves[i] = static_cast<std::uint32_t>(two.x) | static_cast<std::uint32_t>(two.y) << 16;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const float2 wide = __half22float2(__half2(two));
+      halves[i] = pack_two<T>(wide.x, wide.y);
+    }
+  }
+  return make_uint2(halves[0], halves[1]);
+#else
+  float wide[4];
+  for (int i = 0; i < 4; ++i) wide[i] = to_float(Float8E4M3{static_cast<std::uint8_t>(word >> (8 * i))});
+  return make_uint2(pack_two<T>(wide[0], wide[1]), pack_two<T>(wide[2], wide[3]));
+#endif
+}
+
 // Small helpers
 // --------------------------------------------------------------------------------------------------------
 

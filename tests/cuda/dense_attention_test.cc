@@ -66,8 +66,8 @@ AttentionResult run(DenseAttentionParams params, Spans spans = Spans::kMergedInK
   Context context;
   context.workspace = workspace.get();
   context.workspace_bytes = plan.bytes;
-  with_dense_geometry(params, [&]<class T, int D>() {
-    run_fast_dense<T, D>(context, params, plan, 3, result.out.view(), result.lse.view());
+  with_dense_geometry(params, [&]<class T, int D, bool kWidens>() {
+    run_fast_dense<T, D, kWidens>(context, params, plan, 3, result.out.view(), result.lse.view());
   });
   EXPECT_TRUE(result.out.gaps_intact());
   EXPECT_TRUE(result.lse.gaps_intact());
@@ -148,6 +148,27 @@ TEST_P(FastDenseAttention, ARowIsTheSameAlone) {
     }
     EXPECT_GE(prefix, 0);
   }
+}
+
+TEST_P(FastDenseAttention, Float8KeysAndValuesAreThoseWidened) {
+  Problem narrow(GetParam());
+  narrow.k = narrow.k.as(DType::kFloat8E4M3);
+  narrow.v.set(1.0 / 512, 1, 0, 5);  // the smallest number
+  narrow.v.set(-448, 2, 0, 5);       // the largest
+  narrow.v.set(std::numeric_limits<double>::quiet_NaN(), narrow.cu_seqlens_k.back() - 1, 0,
+               3);  // only its own row sees it
+  narrow.v = narrow.v.as(DType::kFloat8E4M3);
+  Problem wide = narrow;
+  wide.k = narrow.k.as(narrow.q.dtype());
+  wide.v = narrow.v.as(narrow.q.dtype());
+  const AttentionResult want = run(wide.dense_params());
+  for (const emulator::Options& options : all_options()) {
+    const emulator::WithOptions with(options);
+    expect_same(run(narrow.dense_params()), want);
+  }
+  expect_same(run(narrow.dense_params(), Spans::kItems), want);
+  expect_same(run(PagedProblem(narrow, 16).dense_params()), want);
+  expect_same(run(PagedProblem(narrow, 24).dense_params(), Spans::kItems), want);
 }
 
 TEST(FastDenseAttentionRules, ChunksOfAPrefillGiveTheSameBits) {
@@ -356,6 +377,10 @@ TEST(DenseAttentionPlan, FastGeometries) {
   EXPECT_FALSE(is_fast_geometry(params));
   params = paper_shapes(4, 4);
   params.k.shape[1] = params.v.shape[1] = 1;
+  EXPECT_TRUE(is_fast_geometry(params));
+  params.k.dtype = DType::kFloat8E4M3;
+  EXPECT_FALSE(is_fast_geometry(params));
+  params.v.dtype = DType::kFloat8E4M3;
   EXPECT_TRUE(is_fast_geometry(params));
   params.q.shape[1] = 65;
   EXPECT_FALSE(is_fast_geometry(params));

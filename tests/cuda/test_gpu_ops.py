@@ -232,6 +232,46 @@ def test_pages_equal_packed_bitwise(name, dtype):
         assert same_bits(paged_out, out) and same_bits(paged_lse, lse)
 
 
+@reduced
+@fast_shapes
+@narrow
+@pytest.mark.parametrize("page", [16, 48, 128, 512])
+def test_dense_pages_equal_packed_bitwise(name, dtype, page):
+    inputs = make_inputs(FAST[name], dtype)
+    out, lse = msa.dense_attention(*map(on_gpu, (inputs.q, inputs.k, inputs.v, *inputs.cu)))
+    pages = support.to_pages([inputs.k, inputs.v], inputs.cu[1], page)
+    where = (inputs.cu[0].cuda(), pages.page_table.cuda(), pages.seqlens_k.cuda())
+    paged_out, paged_lse = msa.dense_attention_paged(inputs.q.cuda(), *map(on_gpu, pages.tensors), *where)
+    assert same_bits(paged_out, out) and same_bits(paged_lse, lse)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dense_tokens_have_the_bits_of_a_prefill(stored, head_dim):
+    """Two positions a tile, so that a prefill has its thousand tiles and merges spans in the kernel; a token alone has spans
+    as items."""
+    inputs = make_inputs(Shape(((600, 13000), (3, 4097), (1, 4096)), 4, 64, head_dim, head_dim, 64, 64, 1), torch.bfloat16)
+    q, k, v = (t.cuda() for t in (inputs.q, inputs.k, inputs.v))
+    k, v = k.to(stored), v.to(stored)
+    out, lse = msa.dense_attention(q, k, v, *map(on_gpu, inputs.cu))
+    for row, first, keys in ((0, 0, 12401), (300, 0, 12701), (599, 0, 13000), (602, 13000, 4097), (603, 17097, 4096)):
+        cu = [torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (1, keys)]
+        seen = slice(first, first + keys)
+        alone_out, alone_lse = msa.dense_attention(q[row : row + 1], k[seen], v[seen], *cu)
+        assert same_bits(alone_out[0], out[row]) and same_bits(alone_lse[0], lse[row]), row
+
+
+@narrow
+def test_dense_float8_equals_widened_bitwise(dtype):
+    for shape in FAST.values():
+        inputs = make_inputs(shape, dtype)
+        cu = [t.cuda() for t in inputs.cu]
+        k, v = (t.nan_to_num().to(torch.float8_e4m3fn).cuda() for t in (inputs.k, inputs.v))
+        out, lse = msa.dense_attention(inputs.q.cuda(), k, v, *cu)
+        wide_out, wide_lse = msa.dense_attention(inputs.q.cuda(), k.to(dtype), v.to(dtype), *cu)
+        assert same_bits(out, wide_out) and same_bits(lse, wide_lse)
+
+
 @fast_shapes
 @narrow
 def test_results_do_not_depend_on_the_batch(name, dtype):
