@@ -44,7 +44,7 @@ DenseAttentionPlan lay_out(const DenseAttentionParams& params, std::int64_t quer
   std::size_t end = 0;
   plan.totals = take(end, kTotalsBytes);
   plan.items = take(end, plan.max_items * kItemBytes);
-  plan.states = take(end, queries * query_heads * results * 8);
+  plan.lse2 = take(end, queries * query_heads * results * 4);
   plan.partial = take(end, queries * query_heads * results * params.q.size(2) * 4);
   plan.bytes = end;
   return plan;

@@ -30,8 +30,8 @@ struct DenseAttentionPlan {
   std::int64_t max_spans = 0;  ///< of a sequence
   bool is_split = false;       ///< an item is a span; its result goes to the workspace, to be merged
   std::int64_t queries_at_once = 0;
-  std::int64_t max_items = 0;                                  ///< of queries_at_once queries, for one kv head
-  std::size_t totals = 0, items = 0, states = 0, partial = 0;  ///< offsets into the workspace, bytes
+  std::int64_t max_items = 0;                                ///< of queries_at_once queries, for one kv head
+  std::size_t totals = 0, items = 0, lse2 = 0, partial = 0;  ///< offsets into the workspace, bytes
   std::size_t bytes = 0;
 };
 

@@ -248,26 +248,50 @@ TEST(FastDenseAttentionRules, WhatARowDoesNotSeeNeverReachesIt) {
   }
 }
 
-TEST(FastDenseAttentionRules, ValuesAloneAreNotFinite) {
-  // The keys are fine, so that only 0 * NaN could carry a value to a row that does not see it.
-  Problem problem(
-      Case{{2, 1, 128, 128, 16, 128, 1}, {{200, 400}}, DType::kFloat16, DType::kFloat16, Layout::kContiguous});
-  const AttentionResult want = run(problem.dense_params());
-  problem.v.set(std::numeric_limits<double>::quiet_NaN(), 260, 0, 7);  // seen from row 60 on
-  problem.v.set(kInfinity, 390, 0, 100);                               // from row 190 on
-  for (const Spans spans : {Spans::kMergedInKernel, Spans::kItems}) {
-    const AttentionResult got = run(problem.dense_params(), spans);
-    for (std::int64_t row = 0; row < 200; ++row) {
-      for (std::int64_t d = 0; d < 128; ++d) {
-        const bool sees = (d == 7 && row >= 60) || (d == 100 && row >= 190);
-        if (sees) {
-          ASSERT_FALSE(std::isfinite(got.out.at(row, 1, d))) << row << " " << d;
+void expect_same_values(const AttentionResult& got, const AttentionResult& want, double tolerance) {
+  for (std::int64_t row = 0; row < got.out.size(0); ++row) {
+    for (std::int64_t head = 0; head < got.out.size(1); ++head) {
+      for (std::int64_t d = 0; d < got.out.size(2); ++d) {
+        const double a = got.out.at(row, head, d), b = want.out.at(row, head, d);
+        if (std::isfinite(b)) {
+          ASSERT_NEAR(a, b, tolerance) << row << " " << head << " " << d;
         } else {
-          ASSERT_EQ(got.out.at(row, 1, d), want.out.at(row, 1, d)) << row << " " << d;
+          ASSERT_TRUE(a == b || (std::isnan(a) && std::isnan(b))) << row << " " << head << " " << d << ": " << a;
         }
       }
     }
-    expect_same_bytes("lse", got.lse, want.lse);
+  }
+}
+
+TEST(FastDenseAttentionRules, ValuesAloneAreNotFinite) {
+  // The keys are fine, so that only 0 * NaN could carry a value to a row that does not see it, and rows that see
+  // infinity are infinite, as in the reference, also where its probability underflows (key 20 against the others).
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    Problem problem(Case{{6, 1, 128, 128, 16, 128, 1}, {{400, 600}, {1, 3}}, dtype, dtype, Layout::kContiguous});
+    const AttentionResult clean = run(problem.dense_params());
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    problem.v.set(nan, 260, 0, 7);
+    problem.v.set(kInfinity, 290, 0, 100);
+    problem.v.set(kInfinity, 20, 0, 101);
+    problem.v.set(-kInfinity, 321, 0, 102);
+    problem.v.set(kInfinity, 22, 0, 103);
+    problem.v.set(-kInfinity, 350, 0, 103);
+    problem.v.set(nan, 599, 0, 101);
+    for (const double factor : {1.0, 60.0}) {  // of key 20: its scores rise and fall by it
+      SCOPED_TRACE(factor);
+      Problem wild = problem;
+      for (std::int64_t d = 0; d < 128; ++d) wild.k.set(factor * wild.k.at(20, 0, d), 20, 0, d);
+      const AttentionResult want = run_dense(msa::testing::reference_context(), wild.dense_params());
+      const AttentionResult got = run(wild.dense_params());
+      expect_same_values(got, want, 0.05);
+      expect_same(run(wild.dense_params(), Spans::kItems), got);
+      expect_same(run(PagedProblem(wild, 32).dense_params()), got);
+      for (const std::int64_t row : {0, 60, 121, 199, 399}) {
+        const AttentionResult alone = run(wild.only(0).sample({row}).dense_params(), Spans::kItems);
+        expect_same_bytes("alone", alone.out.bytes(0, 0, 1), got.out.bytes(0, row, row + 1));
+      }
+      if (factor == 1) expect_same_bytes("lse", got.lse, clean.lse);
+    }
   }
 }
 
