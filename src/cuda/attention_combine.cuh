@@ -19,6 +19,7 @@ struct CombineArguments {
   const float* lse2;  ///< the same without D: log2 of the sum of exponentials
   Strided<T> out;
   Strided<float> lse;
+  QueryTiles tiles;  ///< their rows are merged already
   std::int32_t first_query, queries;
   std::int32_t kv_heads, group_size, topk, block_size;
   bool out_is_aligned;  ///< to 8 bytes, every row
@@ -45,17 +46,18 @@ struct RunningWeights {
   /// What the merged sum is multiplied by: with no block at all, or nothing but scores of -inf, the row is 0.
   __device__ float inverse() const { return total == 0.0f ? 0.0f : 1.0f / total; }
   /// Natural log of the row's sum of exponentials.
-  __device__ float lse() const { return total == 0.0f ? -infinity() : (top + log2f(total)) * kLn2; }
+  __device__ float lse() const { return total == 0.0f ? -infinity() : __fmul_rn(__fadd_rn(top, log2f(total)), kLn2); }
 };
 
-/// factor * x for a factor of 0 to 1. A weight that underflows is small, not 0: infinity stays.
-__device__ __forceinline__ float weigh(float factor, float x) {
-  return factor == 0.0f && fabsf(x) == infinity() ? x : __fmul_rn(factor, x);
+// What is not finite stays: a weight that underflows is small, not 0.
+/// sum * rescale, rescale in [0, 1].
+__device__ __forceinline__ float rescale_sum(float sum, float rescale) {
+  return rescale == 0.0f && fabsf(sum) == infinity() ? sum : __fmul_rn(sum, rescale);
 }
-/// sum * rescale + weight * value.
-__device__ __forceinline__ float merge(float sum, float rescale, float weight, float value) {
-  if (rescale != 1.0f) sum = weigh(rescale, sum);
-  return weight == 0.0f ? sum + weigh(weight, value) : __fmaf_rn(weight, value, sum);
+/// sum + weight * value. Values of weight 0 are not added.
+__device__ __forceinline__ float add_weighted(float sum, float weight, float value) {
+  if (weight != 0.0f) return __fmaf_rn(weight, value, sum);
+  return fabsf(value) < infinity() ? sum : sum + value;
 }
 
 template <class T, int D>
@@ -68,6 +70,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
   const std::int32_t local = static_cast<std::int32_t>(row / query_heads);
   const std::int32_t head = static_cast<std::int32_t>(row % query_heads);
   const std::int32_t kv_head = head / a.group_size, member = head % a.group_size;
+  if (a.tiles.has(kv_head, local)) return;
   const std::int32_t query = a.first_query + local;
   const std::int64_t first = (std::int64_t{local} * a.kv_heads + kv_head) * a.topk * a.group_size + member;
   const QueryPlace place = a.batch.place(query);
@@ -100,7 +103,8 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const T value{static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2)))};
-      sums[i] = merge(sums[i], rescale, weight, to_float(value));
+      if (rescale != 1.0f) sums[i] = rescale_sum(sums[i], rescale);
+      sums[i] = add_weighted(sums[i], weight, to_float(value));
     }
   }
   const float inverse = weights.inverse();

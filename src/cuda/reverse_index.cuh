@@ -28,9 +28,36 @@ struct alignas(16) WorkItem {
 };
 
 /// Counters of a chunk, zeroed before it.
-struct alignas(8) WorkTotals {
-  std::int32_t items;  ///< written by plan_items
-  std::int32_t next;   ///< first item nobody took yet
+struct alignas(16) WorkTotals {
+  std::int32_t items;         ///< written by plan_items
+  std::int32_t next;          ///< first item nobody took yet
+  std::int32_t shared_tiles;  ///< of QueryTiles::shared
+  std::int32_t next_tile;     ///< first of them nobody took yet
+};
+
+/// A block of a tile of queries.
+struct alignas(8) TileBlock {
+  std::int32_t page, row;   ///< as in WorkItem
+  std::int32_t id;          ///< within its sequence
+  std::uint32_t members;    ///< bit i: query i of the tile visits it
+  std::int32_t is_partial;  ///< 1: some member sees less than the whole block
+  std::int32_t unused;
+};
+
+/// Tiles of neighbouring queries of a chunk, see query_tiles.cuh.
+struct QueryTiles {
+  std::int32_t positions;    ///< queries a tile, at most 32; 0: there are no tiles
+  std::int32_t tiles;        ///< of the chunk
+  std::int32_t most_blocks;  ///< of a shared tile
+  std::int32_t most_waste;   ///< of a shared tile: blocks * positions / visits
+  std::int32_t* counts;      ///< [kv_heads, tiles]: its blocks, 0 when it is not shared
+  std::int32_t* shared;      ///< [kv_heads * tiles]: places in `counts` of those that are
+  TileBlock* blocks;         ///< [kv_heads, tiles, most_blocks]
+
+  /// Whether query `local` of the chunk is in a shared tile.
+  __device__ bool has(std::int32_t kv_head, std::int32_t local) const {
+    return positions > 0 && counts[kv_head * tiles + local / positions] > 0;
+  }
 };
 
 struct ReverseIndex {
@@ -44,6 +71,7 @@ struct ReverseIndex {
   std::int32_t visits_per_item;       ///< at most
   std::int32_t* counts;               ///< [kv_heads * blocks_bound]; zeroed before; later the place of the next visit
   std::int32_t* partial;              ///< the same: whether a visit sees only a part; zeroed before
+  QueryTiles tiles;                   ///< what they share is left out
   WorkTotals* totals;
   Visit* visits;  ///< [kv_heads * queries * topk]
   WorkItem* items;
@@ -81,7 +109,7 @@ __device__ void for_each_visit(const ReverseIndex& a, const Body& body) {
   const std::int32_t i = static_cast<std::int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   const std::int32_t kv_head = static_cast<std::int32_t>(blockIdx.y);
   const std::int32_t query = a.first_query + i;
-  const QueryPlace place = i < a.queries ? a.batch.place(query) : QueryPlace{};
+  const QueryPlace place = i < a.queries && !a.tiles.has(kv_head, i) ? a.batch.place(query) : QueryPlace{};
   const unsigned lane = threadIdx.x % kWarpSize;
   for (std::int32_t slot = 0; slot < a.topk; ++slot) {
     std::int32_t visible = 0;

@@ -11,7 +11,9 @@ namespace msa::cuda {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
-constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32;  // Visit and WorkItem of reverse_index.cuh
+// Visit, WorkItem, TileBlock and WorkTotals of reverse_index.cuh.
+constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kTileBlockBytes = 24, kTotalsBytes = 16;
+constexpr std::int64_t kMostTilePositions = 32;  // a lane each
 
 std::size_t take(std::size_t& end, std::int64_t bytes) {
   const std::size_t at = end;
@@ -19,7 +21,7 @@ std::size_t take(std::size_t& end, std::int64_t bytes) {
   return at;
 }
 
-SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t queries) {
+SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t queries, const AttentionOrders& orders) {
   const std::int64_t kv_heads = params.k.size(params.k.rank - 2);
   const std::int64_t query_heads = params.q.size(1);
   const std::int64_t group = query_heads / kv_heads;
@@ -35,18 +37,26 @@ SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t qu
   const std::int64_t visits = kv_heads * queries * topk;
   const std::int64_t bins = kv_heads * plan.blocks_bound;
   // With less than one visit a block on average, sorting finds next to no queries to share a block's keys.
-  plan.is_direct = visits < bins || visits <= 4096;
+  plan.is_direct = orders.is_direct.value_or(visits < bins || visits <= 4096);
   plan.bins = plan.is_direct ? 0 : bins;
   plan.max_items =
       plan.is_direct ? visits : std::min(visits, bins + visits / (plan.positions_per_tile * kTilesPerItem));
+  if (!plan.is_direct && orders.most_waste > 0 && plan.positions_per_tile <= kMostTilePositions) {
+    plan.most_waste = orders.most_waste;
+    plan.most_blocks = topk * std::min(plan.most_waste, plan.positions_per_tile);
+  }
+  const std::int64_t tiles = plan.most_blocks > 0 ? kv_heads * (queries / plan.positions_per_tile + 1) : 0;
 
   std::size_t end = 0;
-  plan.totals = take(end, 8);
+  plan.totals = take(end, kTotalsBytes);
   plan.counts = take(end, plan.bins * 4);
   plan.partial_flags = take(end, plan.bins * 4);
   plan.zero_end = end;
   plan.visits = take(end, visits * kVisitBytes);
   plan.items = take(end, plan.max_items * kItemBytes);
+  plan.tile_counts = take(end, tiles * 4);
+  plan.shared_tiles = take(end, tiles * 4);
+  plan.tile_blocks = take(end, tiles * plan.most_blocks * kTileBlockBytes);
   plan.lse = take(end, queries * query_heads * topk * 4);
   plan.partial = take(end, queries * query_heads * topk * value_dim * 2);
   plan.bytes = end;
@@ -69,18 +79,19 @@ bool has_fast_layout(const SparseAttentionParams& params) {
   return is_copyable(params.q) && is_copyable(params.k) && is_copyable(params.v);
 }
 
-SparseAttentionPlan plan_sparse_attention(const SparseAttentionParams& params, std::size_t limit) {
+SparseAttentionPlan plan_sparse_attention(const SparseAttentionParams& params, std::size_t limit,
+                                          const AttentionOrders& orders) {
   if (limit == 0) limit = kDefaultWorkspace;
   const std::int64_t queries = std::max<std::int64_t>(1, params.q.size(0));
-  SparseAttentionPlan plan = lay_out(params, queries);
+  SparseAttentionPlan plan = lay_out(params, queries, orders);
   if (plan.bytes <= limit) return plan;
   // The largest number that fits: bytes grow with the queries, but for the step where sorting begins, so look below it.
   std::int64_t low = 0, high = queries;  // low fits (0 as a formality), high does not
   while (high - low > 1) {
     const std::int64_t middle = low + (high - low) / 2;
-    (lay_out(params, middle).bytes <= limit ? low : high) = middle;
+    (lay_out(params, middle, orders).bytes <= limit ? low : high) = middle;
   }
-  plan = lay_out(params, std::max<std::int64_t>(1, low));
+  plan = lay_out(params, std::max<std::int64_t>(1, low), orders);
   if (plan.bytes > limit) {
     std::string text = "sparse_attention: workspace_limit: one query takes ";
     text += std::to_string(plan.bytes);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast sparse attention forward, instantiated for its geometries and started: see sparse_attention.h.
 #include "src/cuda/runtime.h"
-#include "src/cuda/sparse_attention.cuh"
+#include "src/cuda/sparse_attention_call.cuh"
 
 namespace msa::cuda {
 

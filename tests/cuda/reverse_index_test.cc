@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The lists of visits and the work items made of a selection: every valid (query, slot) once, under the right block,
-// nothing else, and items that cover the lists.
+// The lists of visits, the work items and the tiles of queries made of a selection: every valid (query, slot) once,
+// under the right block, nothing else, items that cover the lists, and tiles that share as much as they must.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "src/core/layout.h"
+#include "src/cuda/query_tiles.cuh"
 #include "src/cuda/reverse_index.cuh"
 #include "tests/unit/support/problem.h"
 
@@ -55,8 +56,7 @@ std::multiset<Entry> expected_visits(const SparseAttentionParams& params, std::i
   return entries;
 }
 
-void expect_index(const SparseAttentionParams& params, std::int64_t first, std::int64_t queries, bool is_direct,
-                  std::int32_t per_item) {
+ReverseIndex index_of(const SparseAttentionParams& params, std::int64_t first, std::int64_t queries) {
   const Batch& batch = params.batch;
   ReverseIndex index{};
   index.batch = view_of(batch);
@@ -70,11 +70,72 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
   index.blocks_bound = static_cast<std::int32_t>(
       batch.is_paged ? batch.sequences() * batch.max_pages * (params.k.size(1) / params.block_size)
                      : params.k.size(0) / params.block_size + batch.sequences());
+  return index;
+}
+
+/// The tiles of `positions` queries that plan_tiles finds: blocks and members are those of the visits, and a tile is
+/// shared when its blocks serve enough of it. Returns the visits of the tiles that are not.
+std::multiset<Entry> expect_tiles(ReverseIndex& index, const SparseAttentionParams& params,
+                                  const std::multiset<Entry>& visits, std::vector<std::int32_t>& counts) {
+  QueryTiles& t = index.tiles;
+  t.tiles = (index.queries + t.positions - 1) / t.positions;
+  t.most_blocks = index.topk * std::min(t.most_waste, t.positions);
+  counts.assign(static_cast<std::size_t>(index.kv_heads * t.tiles), -7);
+  std::vector<std::int32_t> shared(counts.size(), -7);
+  std::vector<TileBlock> blocks(counts.size() * static_cast<std::size_t>(t.most_blocks));
+  t.counts = counts.data();
+  t.shared = shared.data();
+  t.blocks = blocks.data();
+  launch(dim3(static_cast<unsigned>(counts.size() + kPlanTilesWarps - 1) / kPlanTilesWarps),
+         dim3(kPlanTilesWarps * kWarpSize), 0, nullptr, plan_tiles, index);
+
+  std::multiset<Entry> left;
+  std::set<std::int32_t> listed(shared.begin(), shared.begin() + index.totals->shared_tiles);
+  EXPECT_EQ(listed.size(), static_cast<std::size_t>(index.totals->shared_tiles));
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(counts.size()); ++i) {
+    std::multiset<Entry> mine;
+    std::map<std::pair<std::int64_t, std::int64_t>, bool> wanted;  // block -> whether a visit sees a part of it
+    for (const Entry& entry : visits) {
+      const auto& [head, page, row, query, slot, visible] = entry;
+      if (head * t.tiles + (query - index.first_query) / t.positions != i) continue;
+      mine.insert(entry);
+      wanted[{page, row}] |= visible < params.block_size;
+    }
+    const bool is_shared = !mine.empty() && static_cast<std::int64_t>(wanted.size()) * t.positions <=
+                                                t.most_waste * static_cast<std::int64_t>(mine.size());
+    EXPECT_EQ(counts[static_cast<std::size_t>(i)], is_shared ? static_cast<std::int32_t>(wanted.size()) : 0);
+    EXPECT_EQ(listed.count(i), is_shared ? 1u : 0u);
+    if (!is_shared) {
+      left.insert(mine.begin(), mine.end());
+      continue;
+    }
+    std::multiset<Entry> got;
+    std::size_t members = 0;
+    for (std::int32_t j = 0; j < counts[static_cast<std::size_t>(i)]; ++j) {
+      const TileBlock& block = blocks[static_cast<std::size_t>(i * t.most_blocks + j)];
+      EXPECT_EQ(block.is_partial, (wanted[{block.page, block.row}] ? 1 : 0));
+      members += static_cast<std::size_t>(__popc(block.members));
+      for (const auto& [head, page, row, query, slot, visible] : mine) {
+        const std::int64_t member = (query - index.first_query) % t.positions;
+        if (page == block.page && row == block.row && (block.members >> member & 1) != 0) {
+          got.emplace(head, page, row, query, slot, visible);
+        }
+      }
+    }
+    EXPECT_EQ(got, mine);
+    EXPECT_EQ(members, mine.size());
+  }
+  return left;
+}
+
+void expect_index(const SparseAttentionParams& params, std::int64_t first, std::int64_t queries, bool is_direct,
+                  std::int32_t per_item, std::int32_t tile_positions = 0, std::int32_t most_waste = 0) {
+  ReverseIndex index = index_of(params, first, queries);
   index.visits_per_item = per_item;
   const auto bins = static_cast<std::size_t>(index.kv_heads * index.blocks_bound);
   const auto most = static_cast<std::size_t>(index.kv_heads * queries * index.topk);
   std::vector<std::int32_t> counts(bins, 0), partial(bins, 0);
-  WorkTotals totals{0, 0};
+  WorkTotals totals{};
   std::vector<Visit> visits(most, Visit{-7, -7});
   std::vector<WorkItem> items(most);
   index.counts = counts.data();
@@ -82,6 +143,13 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
   index.totals = &totals;
   index.visits = visits.data();
   index.items = items.data();
+  std::multiset<Entry> expected = expected_visits(params, first, queries);
+  std::vector<std::int32_t> tile_counts;
+  if (tile_positions > 0) {
+    index.tiles.positions = tile_positions;
+    index.tiles.most_waste = most_waste;
+    expected = expect_tiles(index, params, expected, tile_counts);
+  }
   if (is_direct) {
     launch(dim3(static_cast<unsigned>((most + kIndexThreads - 1) / kIndexThreads)), dim3(kIndexThreads), 0, nullptr,
            list_visits, index);
@@ -109,7 +177,7 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
       EXPECT_EQ(item.is_partial, 1);
     }
   }
-  EXPECT_EQ(got, expected_visits(params, first, queries));
+  EXPECT_EQ(got, expected);
 }
 
 void expect_all(const SparseAttentionParams& params) {
@@ -120,6 +188,8 @@ void expect_all(const SparseAttentionParams& params) {
       expect_index(params, 0, rows, is_direct, 5);
       expect_index(params, rows / 3, rows / 2, is_direct, 64);
     }
+    expect_index(params, 0, rows, false, 5, 8, 2);
+    expect_index(params, rows / 3, rows / 2, false, 5, 32, 32);
   }
 }
 
