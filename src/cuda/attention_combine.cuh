@@ -59,6 +59,11 @@ __device__ __forceinline__ float add_weighted(float sum, float weight, float val
   if (weight != 0.0f) return __fmaf_rn(weight, value, sum);
   return fabsf(value) < infinity() ? sum : sum + value;
 }
+/// sum * rescale + weight * value: takes one more block.
+__device__ __forceinline__ float merge(float sum, float rescale, float weight, float value) {
+  if (rescale != 1.0f) sum = rescale_sum(sum, rescale);
+  return add_weighted(sum, weight, value);
+}
 
 template <class T, int D>
 __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(CombineArguments<T> a) {
@@ -103,8 +108,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const T value{static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2)))};
-      if (rescale != 1.0f) sums[i] = rescale_sum(sums[i], rescale);
-      sums[i] = add_weighted(sums[i], weight, to_float(value));
+      sums[i] = merge(sums[i], rescale, weight, to_float(value));
     }
   }
   const float inverse = weights.inverse();

@@ -207,28 +207,49 @@ __device__ inline void locate_block(const ReverseIndex& a, std::int32_t block, W
   }
 }
 
-/// In place of the three kernels where there are fewer visits than blocks (decode): every visit is an item of its own.
-/// One thread a (kv head, query, slot).
-[[maybe_unused]] static __global__ void list_visits(ReverseIndex a) {
-  const std::int64_t total = std::int64_t{a.kv_heads} * a.queries * a.topk;
-  const std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i == 0) a.totals->items = static_cast<std::int32_t>(total);
-  if (i >= total) return;
-  const std::int32_t slot = static_cast<std::int32_t>(i % a.topk);
-  const std::int32_t query = a.first_query + static_cast<std::int32_t>(i / a.topk % a.queries);
-  const std::int32_t kv_head = static_cast<std::int32_t>(i / a.topk / a.queries);
-  std::int32_t visible = 0;
-  const std::int32_t bin = visit_of(a, a.batch.place(query), kv_head, query, slot, visible);
-  WorkItem item{};
-  item.first = static_cast<std::int32_t>(i);
-  if (bin >= 0) {
-    item.count = 1;
-    item.kv_head = kv_head;
-    item.is_partial = visible < a.block_size ? 1 : 0;
-    locate_block(a, bin % a.blocks_bound, item);
-    a.visits[i] = Visit{query, slot | visible << 8};
+/// A work item of one tile that a warp works out by itself, and the lane's visit of it.
+struct DirectItem {
+  WorkItem item;  ///< count 0: nothing to do; first is not set
+  Visit visit;
+  std::int32_t place = -1;  ///< of the visit among the item's; -1: the lane has none
+};
+
+/// In place of the lists where there are few visits (decode, verification): item `index` of kv_heads * queries * topk
+/// is the visit of that (kv head, query, slot), with those that the other queries of its sequence among `together` (at
+/// most 32) neighbouring rows pay to the same block. It is empty when an earlier one of them has it. Every lane calls
+/// it.
+__device__ inline DirectItem direct_item(const ReverseIndex& a, std::int32_t index, std::int32_t together) {
+  const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
+  const std::int32_t slot = index % a.topk, local = index / a.topk % a.queries, kv_head = index / a.topk / a.queries;
+  const std::int32_t first = local / together * together;
+  const bool is_row = lane < together && first + lane < a.queries;
+  const std::int32_t query = a.first_query + first + lane;
+  const QueryPlace place = is_row ? a.batch.place(query) : QueryPlace{};
+
+  DirectItem result{};
+  const std::int32_t sequence = __shfl_sync(kFullMask, place.sequence, local - first);
+  if (sequence < 0) return result;
+  const std::int32_t id = *a.blocks.at(kv_head, a.first_query + local, slot);
+  std::int32_t found = -1;
+  if (place.sequence == sequence) {
+    for (std::int32_t other = a.topk - 1; other >= 0; --other) {
+      if (*a.blocks.at(kv_head, query, other) == id) found = other;
+    }
   }
-  a.items[i] = item;
+  const std::int32_t visible = found >= 0 ? visible_tokens(id, place.position, a.block_size) : 0;
+  const unsigned members = __ballot_sync(kFullMask, visible > 0);
+  const unsigned partial = __ballot_sync(kFullMask, visible > 0 && visible < a.block_size);
+  const bool leads = __ffs(static_cast<int>(members)) - 1 == local - first;
+  if (!leads || __shfl_sync(kFullMask, found, local - first) != slot) return result;
+  result.item.count = __popc(members);
+  result.item.kv_head = kv_head;
+  result.item.is_partial = partial != 0 ? 1 : 0;
+  locate_block(a, first_block(a, sequence) + id, result.item);
+  if (visible > 0) {
+    result.visit = Visit{query, found | visible << 8};
+    result.place = __popc(members & ((1u << lane) - 1));
+  }
+  return result;
 }
 
 }  // namespace msa::cuda

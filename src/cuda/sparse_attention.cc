@@ -14,6 +14,8 @@ constexpr std::size_t kAlignment = 256;
 // Visit, WorkItem, TileBlock and WorkTotals of reverse_index.cuh.
 constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kTileBlockBytes = 24, kTotalsBytes = 16;
 constexpr std::int64_t kMostTilePositions = 32;  // a lane each
+constexpr std::int64_t kFewVisits = 4096;        // some 32 a multiprocessor
+constexpr std::int64_t kMostVerified = 16;       // tokens a sequence and call
 
 std::size_t take(std::size_t& end, std::int64_t bytes) {
   const std::size_t at = end;
@@ -36,11 +38,13 @@ SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t qu
                                      : params.k.size(0) / params.block_size + batch.sequences();
   const std::int64_t visits = kv_heads * queries * topk;
   const std::int64_t bins = kv_heads * plan.blocks_bound;
-  // With less than one visit a block on average, sorting finds next to no queries to share a block's keys.
-  plan.is_direct = orders.is_direct.value_or(visits < bins || visits <= 4096);
+  // Lists take four launches more. They pay where a block's queries are many, or lie farther apart than direct items
+  // look: with less than one visit a block on average, or next to none at all, they do not.
+  const bool is_decode = params.q.size(0) <= kMostVerified * batch.sequences();
+  plan.is_direct = orders.is_direct.value_or(visits <= kFewVisits || (is_decode && visits < bins));
+  const std::int64_t listed = plan.is_direct ? 0 : visits;
   plan.bins = plan.is_direct ? 0 : bins;
-  plan.max_items =
-      plan.is_direct ? visits : std::min(visits, bins + visits / (plan.positions_per_tile * kTilesPerItem));
+  plan.max_items = std::min(listed, bins + listed / (plan.positions_per_tile * kTilesPerItem));
   if (!plan.is_direct && orders.most_waste > 0 && plan.positions_per_tile <= kMostTilePositions) {
     plan.most_waste = orders.most_waste;
     plan.most_blocks = topk * std::min(plan.most_waste, plan.positions_per_tile);
@@ -52,7 +56,7 @@ SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t qu
   plan.counts = take(end, plan.bins * 4);
   plan.partial_flags = take(end, plan.bins * 4);
   plan.zero_end = end;
-  plan.visits = take(end, visits * kVisitBytes);
+  plan.visits = take(end, listed * kVisitBytes);
   plan.items = take(end, plan.max_items * kItemBytes);
   plan.tile_counts = take(end, tiles * 4);
   plan.shared_tiles = take(end, tiles * 4);

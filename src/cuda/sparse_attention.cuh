@@ -46,15 +46,12 @@ struct TileShape {
 
 template <class T>
 struct AttendArguments {
-  Strided<const T> q;  ///< [queries, query_heads, D]
-  const Visit* visits;
-  const WorkItem* items;
-  WorkTotals* totals;
-  T* partial;   ///< [queries, kv_heads, topk, group_size, D] of this chunk, every row normalised
-  float* lse2;  ///< the same without D: log2 of the sum of exponentials
-  std::int32_t first_query;
-  std::int32_t kv_heads, topk;
-  std::int32_t positions;  ///< query positions a tile
+  Strided<const T> q;         ///< [queries, query_heads, D]
+  ReverseIndex index;         ///< whose items are worked off
+  std::int32_t direct_items;  ///< > 0: so many of direct_item, and no lists
+  T* partial;                 ///< [queries, kv_heads, topk, group_size, D] of this chunk, every row normalised
+  float* lse2;                ///< the same without D: log2 of the sum of exponentials
+  std::int32_t positions;     ///< query positions a tile
   TileShape shape;
 };
 
@@ -160,28 +157,39 @@ __device__ void feed_pieces(const AttendArguments<T>& a, std::int32_t kv_head, c
   ptx::arrive(full);  // for the visits
 }
 
+/// The warp's next item, count -1 when there is none; turn counts the calls. Lists are drawn from, direct items dealt.
+template <class T>
+__device__ DirectItem take_item(const AttendArguments<T>& a, std::int32_t turn) {
+  DirectItem result{};
+  if (a.direct_items > 0) {
+    const std::int32_t index = static_cast<std::int32_t>(blockIdx.x) + turn * static_cast<std::int32_t>(gridDim.x);
+    if (index < a.direct_items) return direct_item(a.index, index, min_of(a.positions, kWarpSize));
+  } else {
+    std::int32_t index = threadIdx.x % kWarpSize == 0 ? atomicAdd(&a.index.totals->next, 1) : 0;
+    index = __shfl_sync(kFullMask, index, 0);
+    if (index < a.index.totals->items) {
+      result.item = a.index.items[index];
+      return result;
+    }
+  }
+  result.item.count = -1;
+  return result;
+}
+
 /// Feeds items until there are none, then an item of count -1.
 template <class T, int D, int kBlock>
 __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const TensorMap& k_map,
                      const TensorMap& v_map, std::byte* memory, const AttendBarriers& barriers) {
   using Memory = AttendMemory<D, kBlock>;
   const std::int32_t lane = static_cast<std::int32_t>(threadIdx.x % kWarpSize);
-  const std::int32_t total = a.totals->items;
-  std::uint32_t tile = 0;
-  for (std::uint32_t number = 0;; ++number) {
-    std::int32_t index = lane == 0 ? atomicAdd(&a.totals->next, 1) : 0;
-    index = __shfl_sync(kFullMask, index, 0);
-    WorkItem item{};
-    item.count = -1;
-    if (index < total) {
-      item = a.items[index];
-      if (item.count == 0) {
-        --number;  // the stage stays free
-        continue;
-      }
-    }
+  std::uint32_t tile = 0, number = 0;
+  for (std::int32_t turn = 0;; ++turn) {
+    const DirectItem taken = take_item(a, turn);
+    const WorkItem& item = taken.item;
+    if (item.count == 0) continue;
     const std::uint32_t stage = number % 2;
     ptx::wait(barriers.keys_empty + stage, (number / 2 & 1) ^ 1);
+    ++number;
     if (lane == 0) {
       reinterpret_cast<WorkItem*>(memory + Memory::kItems)[stage] = item;
       if (item.count < 0) {
@@ -199,8 +207,12 @@ __device__ void feed(const AttendArguments<T>& a, const TensorMap& q_map, const 
       auto* visits = reinterpret_cast<Visit*>(memory + Memory::kVisits) + at * kTileRows;
       const std::int32_t positions = min_of(a.positions, item.count - done);
       ptx::wait(barriers.queries_empty + at, (tile / 2 & 1) ^ 1);
-      for (std::int32_t position = lane; position < positions; position += kWarpSize) {
-        visits[position] = a.visits[item.first + done + position];
+      if (a.direct_items > 0) {
+        if (taken.place >= 0) visits[taken.place] = taken.visit;
+      } else {
+        for (std::int32_t position = lane; position < positions; position += kWarpSize) {
+          visits[position] = a.index.visits[item.first + done + position];
+        }
       }
       __syncwarp();
       if (a.shape.has_whole_boxes()) {
@@ -236,9 +248,10 @@ __device__ __forceinline__ void attend_tile(const AttendArguments<T>& a, std::in
   const auto place_of = [&](std::int32_t row) {
     const std::int32_t position = a.shape.position_of(row);
     const Visit visit = visits[position];
-    const std::int64_t query = visit.query - a.first_query;
-    return ((query * a.kv_heads + kv_head) * a.topk + (visit.slot_and_visible & 0xff)) * a.shape.group_size + row -
-           position * a.shape.group_size;
+    const std::int64_t query = visit.query - a.index.first_query;
+    return ((query * a.index.kv_heads + kv_head) * a.index.topk + (visit.slot_and_visible & 0xff)) *
+               a.shape.group_size +
+           row - position * a.shape.group_size;
   };
   std::int64_t places[2] = {-1, -1};  // a thread holds two rows, eight apart
   BlockRows<D> result;
@@ -311,13 +324,14 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
   std::byte* memory = shared_memory();
   const AttendBarriers barriers(memory + Memory::kBarriers);
   barriers.init(a.shape.has_whole_boxes() ? kWarpSize : 2 * kWarpSize);
+  ptx::griddepcontrol_wait();    // for the selection, or the lists
   ptx::griddepcontrol_launch();  // the merge may be set up behind this; it waits for this kernel's end
-  // 65536 registers: 128 * 72 + 256 * 216 = 64512.
+  // 65536 registers: 128 * 88 + 256 * 208 = 64512.
   if (threadIdx.x < 128) {
-    ptx::lower_registers<72>();
+    ptx::lower_registers<88>();
     if (threadIdx.x < kWarpSize) feed<T, D, kBlock>(a, q_map, k_map, v_map, memory, barriers);
   } else {
-    ptx::raise_registers<216>();
+    ptx::raise_registers<208>();
     consume<T, D, kBlock>(a, memory, barriers);
   }
 }

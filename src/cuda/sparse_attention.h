@@ -38,7 +38,7 @@ struct SparseAttentionPlan {
   std::int64_t blocks_bound = 0;  ///< block numbers of the batch lie below it
   std::int64_t bins = 0;          ///< kv_heads * blocks_bound
   std::int64_t max_items = 0;
-  bool is_direct = false;                        ///< every visit is an item; no sort
+  bool is_direct = false;  ///< no lists: the attention kernel works out its items from the selection
   std::int64_t most_waste = 0, most_blocks = 0;  ///< of a tile that goes query by query; 0: there are none
   // Offsets into the workspace, bytes. [totals, zero_end) is zeroed before a chunk.
   std::size_t totals = 0, counts = 0, partial_flags = 0, zero_end = 0, visits = 0, items = 0, lse = 0, partial = 0;

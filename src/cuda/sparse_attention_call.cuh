@@ -83,13 +83,8 @@ class FastAttention {
   }
   void set_attend(const SparseAttentionParams& params) {
     attend_.q = strided<T>(params.q);
-    attend_.visits = index_.visits;
-    attend_.items = index_.items;
-    attend_.totals = index_.totals;
     attend_.partial = at<T>(plan_.partial);
     attend_.lse2 = at<float>(plan_.lse);
-    attend_.kv_heads = index_.kv_heads;
-    attend_.topk = index_.topk;
     attend_.positions = static_cast<std::int32_t>(plan_.positions_per_tile);
     attend_.shape = shape_;
   }
@@ -115,16 +110,17 @@ class FastAttention {
   }
 
   void run_chunk(std::int32_t first, std::int32_t queries) {
-    index_.first_query = attend_.first_query = shared_.first_query = combine_.first_query = first;
+    index_.first_query = shared_.first_query = combine_.first_query = first;
     index_.queries = shared_.queries = combine_.queries = queries;
     if (index_.tiles.positions > 0) index_.tiles.tiles = ceil_div(queries, index_.tiles.positions);
     shared_.tiles = combine_.tiles = index_.tiles;
+    attend_.index = index_;
+    attend_.direct_items = plan_.is_direct ? index_.kv_heads * queries * index_.topk : 0;
     if (has_keys_) {
-      clear_memory(stream_, at<std::byte>(plan_.totals), plan_.zero_end - plan_.totals);
-      make_lists();
+      if (!plan_.is_direct) make_lists();
       constexpr std::size_t kShared = AttendMemory<D, kBlock>::kBytes;
-      launch(dim3(thread_blocks_), dim3(kAttendThreads), kShared, stream_, attend_blocks<T, D, kBlock>, q_map_, k_map_,
-             v_map_, attend_);
+      launch_dependent(dim3(thread_blocks_), dim3(kAttendThreads), kShared, stream_, attend_blocks<T, D, kBlock>,
+                       q_map_, k_map_, v_map_, attend_);
       if (index_.tiles.positions > 0) {
         launch_dependent(dim3(thread_blocks_), dim3(kAttendThreads), kShared, stream_,
                          attend_shared_tiles<T, D, kBlock>, tile_map_, k_map_, v_map_, shared_);
@@ -136,12 +132,7 @@ class FastAttention {
   }
 
   void make_lists() {
-    if (plan_.is_direct) {
-      const std::int64_t visits = std::int64_t{index_.kv_heads} * index_.queries * index_.topk;
-      launch(dim3(static_cast<unsigned>(ceil_div(visits, std::int64_t{kIndexThreads}))), dim3(kIndexThreads), 0,
-             stream_, list_visits, index_);
-      return;
-    }
+    clear_memory(stream_, at<std::byte>(plan_.totals), plan_.zero_end - plan_.totals);
     if (index_.tiles.positions > 0) {
       const auto tiles = static_cast<unsigned>(index_.kv_heads * index_.tiles.tiles);
       launch(dim3(ceil_div(tiles, kPlanTilesWarps)), dim3(kPlanTilesWarps * kWarpSize), 0, stream_, plan_tiles, index_);

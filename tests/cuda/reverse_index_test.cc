@@ -128,6 +128,15 @@ std::multiset<Entry> expect_tiles(ReverseIndex& index, const SparseAttentionPara
   return left;
 }
 
+/// What direct_item gives, as lists: a warp an item.
+__global__ void list_direct(ReverseIndex a, std::int32_t together) {
+  const auto i = static_cast<std::int32_t>(blockIdx.x);
+  DirectItem direct = direct_item(a, i, together);
+  direct.item.first = i * kWarpSize;
+  if (direct.place >= 0) a.visits[direct.item.first + direct.place] = direct.visit;
+  if (threadIdx.x == 0) a.items[i] = direct.item;
+}
+
 void expect_index(const SparseAttentionParams& params, std::int64_t first, std::int64_t queries, bool is_direct,
                   std::int32_t per_item, std::int32_t tile_positions = 0, std::int32_t most_waste = 0) {
   ReverseIndex index = index_of(params, first, queries);
@@ -136,7 +145,7 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
   const auto most = static_cast<std::size_t>(index.kv_heads * queries * index.topk);
   std::vector<std::int32_t> counts(bins, 0), partial(bins, 0);
   WorkTotals totals{};
-  std::vector<Visit> visits(most, Visit{-7, -7});
+  std::vector<Visit> visits(is_direct ? most * kWarpSize : most, Visit{-7, -7});
   std::vector<WorkItem> items(most);
   index.counts = counts.data();
   index.partial = partial.data();
@@ -151,8 +160,8 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
     expected = expect_tiles(index, params, expected, tile_counts);
   }
   if (is_direct) {
-    launch(dim3(static_cast<unsigned>((most + kIndexThreads - 1) / kIndexThreads)), dim3(kIndexThreads), 0, nullptr,
-           list_visits, index);
+    launch(dim3(static_cast<unsigned>(most)), dim3(kWarpSize), 0, nullptr, list_direct, index, per_item);
+    totals.items = static_cast<std::int32_t>(most);
   } else {
     const dim3 grid(static_cast<unsigned>((queries + kIndexThreads - 1) / kIndexThreads),
                     static_cast<unsigned>(index.kv_heads));
@@ -162,10 +171,11 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
   }
 
   std::multiset<Entry> got;
+  std::set<std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>> led;
   ASSERT_LE(static_cast<std::size_t>(totals.items), most);
   for (std::int32_t i = 0; i < totals.items; ++i) {
     const WorkItem& item = items[static_cast<std::size_t>(i)];
-    EXPECT_LE(item.count, is_direct ? 1 : per_item);
+    EXPECT_LE(item.count, per_item);
     bool is_partial = false;
     for (std::int32_t j = item.first; j < item.first + item.count; ++j) {
       const Visit visit = visits[static_cast<std::size_t>(j)];
@@ -175,6 +185,11 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
     }
     if (is_partial) {
       EXPECT_EQ(item.is_partial, 1);
+    }
+    if (is_direct && item.count > 0) {  // one item a block and group of rows
+      EXPECT_TRUE(led.emplace(item.kv_head, item.page, item.row,
+                              (visits[static_cast<std::size_t>(item.first)].query - first) / per_item)
+                      .second);
     }
   }
   EXPECT_EQ(got, expected);
@@ -186,7 +201,7 @@ void expect_all(const SparseAttentionParams& params) {
     const emulator::WithOptions with({false, order, order == emulator::BlockOrder::kShuffled, 2});
     for (const bool is_direct : {false, true}) {
       expect_index(params, 0, rows, is_direct, 5);
-      expect_index(params, rows / 3, rows / 2, is_direct, 64);
+      expect_index(params, rows / 3, rows / 2, is_direct, is_direct ? 32 : 64);
     }
     expect_index(params, 0, rows, false, 5, 8, 2);
     expect_index(params, rows / 3, rows / 2, false, 5, 32, 32);

@@ -323,7 +323,7 @@ TEST(SparseAttentionPlan, RespectsItsLimit) {
   const SparseAttentionPlan small = plan_sparse_attention(paper_shapes(16, 1 << 20), 0);
   EXPECT_TRUE(small.is_direct);
   EXPECT_EQ(small.queries_at_once, 16);
-  EXPECT_LT(small.bytes, std::size_t{8} << 20);
+  EXPECT_LT(small.bytes, std::size_t{5} << 20);  // partial results and their log-sums
 }
 
 TEST(SparseAttentionPlan, FastGeometries) {

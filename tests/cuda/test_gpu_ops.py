@@ -299,6 +299,44 @@ def test_results_do_not_depend_on_the_batch(name, dtype):
             assert same_bits(msa.dense_attention(q, k, v, *cu)[0], dense[rows])
 
 
+@pytest.mark.parametrize("group_size", [16, 7, 4])
+@pytest.mark.parametrize("is_shared", [True, False], ids=["stripes", "random"])
+def test_orders_of_the_sparse_forward_agree(is_shared, group_size):
+    """A prefill, whose tiles go query by query where neighbours share their blocks and block by block elsewhere, has the bits
+    of the same queries a few at a time."""
+    inputs = make_inputs(Shape(((1024, 1500),), 2, group_size, 128, 128, 128, 128, 4), torch.bfloat16)
+    blocks = support.random_blocks(inputs)
+    if is_shared:  # every query of 64 takes what the first of them does, and its own local block
+        own = ((torch.arange(1024) + 476) // 128)[None, :, None].expand(2, 1024, 1).int()
+        chosen = blocks[:, torch.arange(1024) // 64 * 64, :3]
+        none = 1 << 20
+        blocks = torch.cat([torch.where((chosen >= 0) & (chosen < own), chosen, none), own], 2).sort(-1).values
+        blocks = torch.where(blocks == none, -1, blocks)
+    out, lse = attend(inputs, blocks)
+    (truth, truth_lse), (naive, naive_lse) = yardstick(inputs, blocks)
+    hold(out, truth, naive, torch.bfloat16, "out")
+    hold(lse, truth_lse, naive_lse, torch.bfloat16, "lse")
+    k, v = inputs.k.cuda(), inputs.v.cuda()
+    for begin in range(0, 1024, 48):
+        rows = slice(begin, min(begin + 48, 1024))
+        keys = 476 + rows.stop
+        cu = [torch.tensor([0, n], dtype=torch.int32).cuda() for n in (rows.stop - begin, keys)]
+        part = msa.sparse_attention(inputs.q[rows].cuda(), k[:keys], v[:keys], blocks[:, rows].cuda(), *cu, 128)
+        assert same_bits(part[0], out[rows]) and same_bits(part[1], lse[rows])
+
+
+@narrow
+def test_values_that_are_not_finite(dtype):
+    """They reach the rows that see them, as what they are, and no others."""
+    inputs = make_inputs(Shape(((300, 300),), 1, 6, 64, 64, 64, 64, 3), dtype)
+    blocks = support.random_blocks(inputs)
+    inputs.v[60, 0, 7], inputs.v[20, 0, 40], inputs.v[150, 0, 40], inputs.v[90, 0, 41] = math.nan, math.inf, -math.inf, math.inf
+    out = attend(inputs, blocks)[0].cpu().double()
+    truth = msa.sparse_attention(*(t.float() for t in (inputs.q, inputs.k, inputs.v)), blocks, *inputs.cu, 64)[0].double()
+    assert torch.equal(out.isnan(), truth.isnan()) and torch.equal(out.isinf(), truth.isinf())
+    assert torch.allclose(out, truth, rtol=5e-2, atol=5e-2, equal_nan=True)
+
+
 @fast_shapes
 def test_repeated_runs_are_bitwise_equal(name):
     inputs = make_inputs(FAST[name], torch.bfloat16)

@@ -19,6 +19,7 @@ HOT = {
     "score_blocks_kernel": "HGMMA",
     "attend_blocks": "HGMMA",
     "attend_prefix": "HGMMA",
+    "attend_shared_tiles": "HGMMA",
 }
 SOURCES = sorted((ROOT / "src/cuda").rglob("*.cu*"))
 
