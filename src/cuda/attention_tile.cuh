@@ -29,6 +29,13 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kFullMask, x, 2);
 }
 
+/// Keeps arithmetic that `sum`, never negative, depends on in front of this point. Between an issue and a wait it runs
+/// beside a product; the compiler, which sees nothing wrong in it, would take it after the wait. It cannot move it past
+/// a branch that hangs on its result.
+__device__ __forceinline__ void finish_before_here(float sum) {
+  if (sum < 0.0f) __nanosleep(1);
+}
+
 /// Issues S[64, kKeys] = Q K^T, 16 of the head dimension a step. `queries`: the warpgroup's first row; a column of them
 /// takes `query_column` bytes.
 template <class T, int D, int kKeys>

@@ -189,6 +189,7 @@ struct DenseConsumer {
       ptx::fence_registers(s);
       release_keys(key, number + 1);
       const float2 factor = take_scores(s, key, state);
+      finish_before_here(fminf(state.sum[0], state.sum[1]));
       ptx::wgmma_wait<0>();
       ptx::fence_registers(o);
       rings.values.release(number);

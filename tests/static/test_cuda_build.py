@@ -105,3 +105,22 @@ def test_hot_kernels_use_matrix_instructions(kernel, objects):
                 assert HOT[kernel] in function, f"{path.name}: {function.splitlines()[0]} has no {HOT[kernel]}"
                 found += 1
     assert found > 0, f"{kernel} is in no object"
+
+
+@needs_nvcc
+def test_a_softmax_runs_beside_a_product(objects):
+    """Dense attention waits for the scores of a tile, takes their exponentials, 64 a thread, and only then waits for the
+    product with the values that was issued before. A compiler that moves them behind that wait costs the overlap, silently."""
+    if nvcc_release() != (13, 0):
+        pytest.skip("how instructions are ordered is one compiler's")
+    found = 0
+    for path in objects:
+        if "attend_prefix" not in dump("--dump-resource-usage", path):
+            continue
+        for function in re.split(r"\n\s*Function : ", dump("--dump-sass", path))[1:]:
+            if "attend_prefix" not in function.split("\n", 1)[0]:
+                continue
+            between = re.search(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", function, re.DOTALL)
+            assert between and between.group(1).count("MUFU.EX2") >= 64, function.splitlines()[0]
+            found += 1
+    assert found > 0
