@@ -282,6 +282,7 @@ TEST(CudaSelectRules, TakesWhatTheKernelsCanRead) {
     EXPECT_FALSE(takes_select(changed));
   };
   refuses([](auto& p) { p.q_idx.dtype = DType::kFloat32; });
+  refuses([](auto& p) { p.k_idx.dtype = DType::kFloat8E4M3; });
   refuses([](auto& p) { p.q_idx.shape[2] = 96; });
   refuses([](auto& p) { p.block_size = 32; });
   refuses([](auto& p) { p.block_size = 256; });
