@@ -78,6 +78,30 @@ inline BatchView view_of(const Batch& batch) {
   return view;
 }
 
+/// Number of a sequence's first block among all blocks of the batch. Packed: floor(begin / block_size) + s leaves every
+/// sequence room for its blocks, because floor(a + b) - floor(a) + 1 >= ceil(b); no sum over the sequences is needed.
+/// `page`: tokens a page, 0 when packed.
+__device__ inline std::int32_t first_block(const BatchView& batch, std::int32_t s, std::int32_t block_size,
+                                           std::int32_t page) {
+  if (page > 0) return s * (batch.max_pages * (page / block_size));
+  return batch.cu_seqlens_k[s] / block_size + s;
+}
+
+/// The sequence that block number `block` of the batch belongs to: the last one whose first block is not behind it.
+__device__ inline std::int32_t sequence_of_block(const BatchView& batch, std::int32_t block, std::int32_t block_size,
+                                                 std::int32_t page) {
+  std::int32_t low = 0, high = batch.sequences - 1;
+  while (low < high) {
+    const std::int32_t middle = low + (high - low + 1) / 2;
+    if (first_block(batch, middle, block_size, page) <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 /// Rows of keys, values or index keys: [tokens, heads, dim] or [pages, page, heads, dim]; without a head dimension head
 /// is 0. Strides in elements of T.
 template <class T>

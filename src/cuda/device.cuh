@@ -42,6 +42,9 @@ struct Float16 {
 struct Float8E4M3 {
   std::uint8_t bits;
 };
+struct Int8 {
+  std::int8_t value;
+};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) {

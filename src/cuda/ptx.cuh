@@ -21,7 +21,7 @@
 // first phase has parity 0, so wait(barrier, 1) on a fresh barrier returns at once.
 //
 // Matrix products (wgmma). A warpgroup, four warps from a warp number divisible by 4, computes D[64, N] += A[64, K]
-// B[K, N], K = 16 for BFloat16 and Float16, 32 for Float8E4M3, D in float. Element (row, column) of D:
+// B[K, N], K = 16 for BFloat16 and Float16, 32 for Float8E4M3, D in float; K = 32 for Int8, D in int32, exact. Element (row, column) of D:
 //   row = 16 * warp + lane / 4 + 8 * h,  column = 8 * j + 2 * (lane % 4) + i   lies in   d[4 * j + 2 * h + i].
 // A in registers, 16-bit types: a[r] holds the columns 2 * (lane % 4) + 8 * (r / 2) and the next one, of row
 // 16 * warp + lane / 4 + 8 * (r % 2). So the D of one product, packed in pairs, is the A of the next: k step s takes
@@ -184,6 +184,11 @@ __device__ __forceinline__ void fence_registers(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kCount>
+__device__ __forceinline__ void fence_registers(std::int32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
 
 // Operand lists of the accumulators: N / 2 registers a thread, named in the text and bound to d[].
 #define MSA_TEXT_8 "%0, %1, %2, %3"
@@ -275,6 +280,21 @@ MSA_PRODUCT(64, 32, "32", "33", "34", "35", "36", "37", "38")
 MSA_PRODUCT(128, 64, "64", "65", "66", "67", "68", "69", "70")
 MSA_PRODUCT(256, 128, "128", "129", "130", "131", "132", "133", "134")
 #undef MSA_PRODUCT
+
+#define MSA_INT_4(i) "+r"(d[i]), "+r"(d[(i) + 1]), "+r"(d[(i) + 2]), "+r"(d[(i) + 3])
+#define MSA_INT_16(i) MSA_INT_4(i), MSA_INT_4((i) + 4), MSA_INT_4((i) + 8), MSA_INT_4((i) + 12)
+#define MSA_INT_64(i) MSA_INT_16(i), MSA_INT_16((i) + 16), MSA_INT_16((i) + 32), MSA_INT_16((i) + 48)
+/// D[64, 128] = A B of Int8, or += when `accumulate`; A and B by descriptors, both inner major.
+__device__ __forceinline__ void wgmma_int8(std::int32_t (&d)[64], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" MSA_TEXT_128 "}, %64, %65, p;\n}\n"
+      : MSA_INT_64(0)
+      : "l"(a), "l"(b), "r"(accumulate ? 1 : 0));
+}
+#undef MSA_INT_4
+#undef MSA_INT_16
+#undef MSA_INT_64
 #undef MSA_TEXT_8
 #undef MSA_TEXT_16
 #undef MSA_TEXT_32

@@ -83,13 +83,6 @@ __device__ inline std::int32_t visible_tokens(std::int32_t id, std::int32_t posi
   return min_of(block_size, position - id * block_size + 1);
 }
 
-/// Number of a sequence's first block among all blocks of the batch. Packed: floor(begin / block_size) + s leaves every
-/// sequence room for its blocks, because floor(a + b) - floor(a) + 1 >= ceil(b); no sum over the sequences is needed.
-__device__ inline std::int32_t first_block(const ReverseIndex& a, std::int32_t s) {
-  if (a.page > 0) return s * (a.batch.max_pages * (a.page / a.block_size));
-  return a.batch.cu_seqlens_k[s] / a.block_size + s;
-}
-
 /// The lane's visit of `slot`: its bin, and what it sees (0: no visit).
 __device__ inline std::int32_t visit_of(const ReverseIndex& a, const QueryPlace& place, std::int32_t kv_head,
                                         std::int32_t query, std::int32_t slot, std::int32_t& visible) {
@@ -97,7 +90,7 @@ __device__ inline std::int32_t visit_of(const ReverseIndex& a, const QueryPlace&
   if (place.sequence < 0) return -1;
   const std::int32_t id = *a.blocks.at(kv_head, query, slot);
   visible = visible_tokens(id, place.position, a.block_size);
-  return visible > 0 ? kv_head * a.blocks_bound + first_block(a, place.sequence) + id : -1;
+  return visible > 0 ? kv_head * a.blocks_bound + first_block(a.batch, place.sequence, a.block_size, a.page) + id : -1;
 }
 
 // A thread a (kv head, query), neighbouring queries in neighbouring lanes: those of a warp mostly name the same sink
@@ -151,17 +144,9 @@ __device__ inline void locate_block(const ReverseIndex& a, std::int32_t block, W
     item.row = block % blocks_per_page * a.block_size;
     return;
   }
-  std::int32_t low = 0, high = a.batch.sequences - 1;  // the last s with first_block(s) <= block
-  while (low < high) {
-    const std::int32_t middle = low + (high - low + 1) / 2;
-    if (first_block(a, middle) <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
+  const std::int32_t s = sequence_of_block(a.batch, block, a.block_size, a.page);
   item.page = 0;
-  item.row = a.batch.cu_seqlens_k[low] + (block - first_block(a, low)) * a.block_size;
+  item.row = a.batch.cu_seqlens_k[s] + (block - first_block(a.batch, s, a.block_size, a.page)) * a.block_size;
 }
 
 /// One block of kPlanThreads, 8 bytes of shared memory each: turns counts into places and writes the items.

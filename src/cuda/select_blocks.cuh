@@ -66,6 +66,19 @@ __device__ __forceinline__ ForcedRange forced_range(const SelectArgs& args, std:
   return range;
 }
 
+/// A row with `visible` blocks takes [0, begin) and [end, visible), and the `slots` best of [begin, end), which are more
+/// than slots when slots is not 0.
+struct RowChoice {
+  std::int32_t begin;
+  std::int32_t end;
+  std::int32_t slots;
+};
+__device__ __forceinline__ RowChoice row_choice(const SelectArgs& args, std::int32_t visible) {
+  if (visible <= args.topk) return {visible, visible, 0};
+  const ForcedRange forced = forced_range(args, visible);
+  return {forced.init_end, forced.local_begin, args.topk - forced.init_end - (visible - forced.local_begin)};
+}
+
 // Lists
 // ----------------------------------------------------------------------------------------------------------------
 
@@ -200,31 +213,158 @@ __device__ __forceinline__ SelectWork read_item(const SelectArgs& args, std::int
   return work;
 }
 
-/// The larger number; NaN counts below every number, so it is left only when both are NaN.
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+/// Where a thread stands in the ring of stages, each with a barrier for full and one for empty.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0 ? 1u : 0u;
+  }
+};
+
+/// Initialises the barriers of a ring that one thread fills and `consumers` arrivals empty; a __syncthreads follows.
+__device__ __forceinline__ void init_ring(std::uint64_t* full, std::uint64_t* empty, int stages,
+                                          std::uint32_t consumers) {
+  for (int stage = 0; stage < stages; ++stage) {
+    ptx::barrier_init(full + stage, 1);
+    ptx::barrier_init(empty + stage, consumers);
+  }
+  ptx::fence_barrier_init();
+}
+
+/// Asks for key tile `tile` of sequence s: kTileKeys rows of kDim elements in halves of 128 bytes. Its bytes count at
+/// `full`, which expects them.
+template <int kDim>
+__device__ __forceinline__ void load_key_tile(std::byte* to, const TensorMap& keys, const SelectArgs& args,
+                                              std::int32_t s, std::int32_t tile, std::uint64_t* full) {
+  constexpr int kTileKeys = static_cast<int>(kSelectTileKeys);
+  // Page sizes are multiples of the block size, so that of 64 keys lies in one page.
+  const int box_keys = args.page % kTileKeys != 0 ? 64 : kTileKeys;
+  for (int first = 0; first < kTileKeys; first += box_keys) {
+    const std::int32_t position = tile * kTileKeys + first;
+    std::int32_t row;
+    std::int32_t page = 0;
+    if (args.page == 0) {
+      row = args.batch.cu_seqlens_k[s] + position;
+    } else {
+      row = position % args.page;
+      // A page that is not there lies outside the tensor: the copy engine brings zeros.
+      page = args.pages;
+      if (position / args.page < args.batch.max_pages) {
+        const std::int32_t id = args.batch.page_table[std::int64_t{s} * args.batch.max_pages + position / args.page];
+        if (id >= 0 && id < args.pages) page = id;
+      }
+    }
+    for (int half = 0; half < kDim / 64; ++half) {
+      ptx::tensor_load(to + static_cast<std::uint32_t>(half) * kTileKeys * 128 + first * 128, keys, full, half * 64, row,
+                       page);
+    }
+  }
+}
+
+/// Rows of kRowBytes each to shared memory by the 128 threads of a warpgroup: slabs of 64 rows, in parts of up to 128
+/// bytes a row, swizzled. `row_at(row)` is where a row lies, null for one of zeros. Matrix products need
+/// fence_proxy_async and a barrier behind it.
+template <int kRows, int kRowBytes, class RowAt>
+__device__ __forceinline__ void load_slabs(std::byte* to, int thread, const RowAt& row_at) {
+  constexpr int kWidth = min_of(kRowBytes, 128);
+  constexpr Swizzle kSwizzle = kWidth == 128 ? Swizzle::k128 : Swizzle::k64;
+  constexpr int kChunks = kRowBytes / 16;
+  constexpr int kChunksPerPart = kWidth / 16;
+  constexpr int kRowStep = 128 / kChunks;
+  constexpr int kLoads = min_of(8, kRows / kRowStep);  // before the first store: one latency for all of them
+  const int chunk = thread % kChunks;
+#pragma unroll 1
+  for (int row = thread / kChunks; row < kRows; row += kLoads * kRowStep) {
+    uint4 data[kLoads];
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      const std::byte* const from = row_at(row + load * kRowStep);
+      data[load] = {0, 0, 0, 0};
+      if (from != nullptr) data[load] = *reinterpret_cast<const uint4*>(from + chunk * 16);
+    }
+#pragma unroll
+    for (int load = 0; load < kLoads; ++load) {
+      const int row_of_load = row + load * kRowStep;
+      const int part = row_of_load / 64 * (kRowBytes / kWidth) + chunk / kChunksPerPart;
+      const auto offset = static_cast<std::uint32_t>(row_of_load % 64 * kWidth + chunk % kChunksPerPart * 16);
+      *reinterpret_cast<uint4*>(to + part * 64 * kWidth + swizzled(offset, kSwizzle)) = data[load];
+    }
+  }
+}
+
+/// scores = the chain of products of a slab of 64 rows with a tile of 128 keys. Its order is the rounding of every
+/// score, so this is the one place that makes scores.
+template <class Element, int kDim>
+__device__ __forceinline__ void multiply_slab(float (&scores)[64], std::uint64_t slab, std::uint64_t key_tile) {
+  ptx::fence_registers(scores);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    const auto step = static_cast<std::uint32_t>(k % 4 * 32);
+    const auto half = static_cast<std::uint32_t>(k / 4);
+    ptx::wgmma<static_cast<int>(kSelectTileKeys), Element>(scores, ptx::advance(slab, half * 64 * 128 + step),
+                                                           ptx::advance(key_tile, half * kSelectTileKeys * 128 + step),
+                                                           k > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+/// The largest number; NaN counts below every number, so it is left only when all are NaN.
+__device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ std::int32_t largest(std::int32_t a, std::int32_t b) { return max_of(a, b); }
+
+template <class T>
+struct RowPair {
+  T x, y;  ///< of the rows lane / 4 and lane / 4 + 8 of a warp's sixteen
+};
 
 /// Maximum over the columns [8 kFirst, 8 kFirst + kBlock) of the two rows that a thread's quad of lanes shares; the
 /// quad's lanes all get it. Four chains hide the latency of a maximum.
-template <int kFirst, int kBlock>
-__device__ __forceinline__ float2 block_maxima(const float (&scores)[64]) {
-  float most[2][2];
+template <int kFirst, int kBlock, class T>
+__device__ __forceinline__ RowPair<T> block_maxima(const T (&scores)[64]) {
+  T most[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       most[h][i] = scores[4 * kFirst + 2 * h + i];
 #pragma unroll
-      for (int j = 1; j < kBlock / 8; ++j) most[h][i] = larger(most[h][i], scores[4 * (kFirst + j) + 2 * h + i]);
+      for (int j = 1; j < kBlock / 8; ++j) most[h][i] = largest(most[h][i], scores[4 * (kFirst + j) + 2 * h + i]);
     }
   }
-  float2 both = make_float2(larger(most[0][0], most[0][1]), larger(most[1][0], most[1][1]));
+  RowPair<T> both{largest(most[0][0], most[0][1]), largest(most[1][0], most[1][1])};
 #pragma unroll
   for (int bits = 1; bits <= 2; bits *= 2) {
-    both.x = larger(both.x, __shfl_xor_sync(kFullMask, both.x, bits));
-    both.y = larger(both.y, __shfl_xor_sync(kFullMask, both.y, bits));
+    both.x = largest(both.x, __shfl_xor_sync(kFullMask, both.x, bits));
+    both.y = largest(both.y, __shfl_xor_sync(kFullMask, both.y, bits));
   }
   return both;
 }
+
+/// A slab's maxima on their way to memory: a quad's lanes hold those of four blocks until they are written together.
+/// Blocks come in order, from a multiple of four.
+struct HeldMaxima {
+  float held[2] = {};
+
+  /// `row`: of the thread, in the tile; the other is 8 further on. is_last: no block follows.
+  __device__ __forceinline__ void put(const SelectArgs& args, const SelectTile& tile, std::int32_t row,
+                                      std::int32_t block, RowPair<float> most, bool is_last, int lane) {
+    if (block % 4 == lane % 4) {
+      held[0] = most.x;
+      held[1] = most.y;
+    }
+    if (block % 4 != 3 && !is_last) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (row + 8 * h < tile.rows && lane % 4 <= block % 4) {
+        args.maxima[(tile.first_row + row + 8 * h) * args.maxima_stride + block / 4 * 4 + lane % 4] = held[h];
+      }
+    }
+  }
+};
 
 template <class Element, int kDim, int kBlock, int kWarpgroups, int kSlabs>
 __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
@@ -237,59 +377,24 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
   std::uint64_t* const empty = full + Shape::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize;
-  if (thread == 0) {
-    for (int stage = 0; stage < Shape::kStages; ++stage) {
-      ptx::barrier_init(full + stage, 1);
-      ptx::barrier_init(empty + stage, kWarpgroups * 4);  // each warp that multiplies
-    }
-    ptx::fence_barrier_init();
-  }
+  if (thread == 0) init_ring(full, empty, Shape::kStages, kWarpgroups * 4);  // each warp that multiplies
   __syncthreads();
   ptx::griddepcontrol_wait();  // for the lists
   const std::int32_t items = *args.item_count;
   const auto step = static_cast<std::int32_t>(gridDim.x);
-  int stage = 0;
-  std::uint32_t parity = 0;
-  const auto next_stage = [&] {
-    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    parity ^= stage == 0 ? 1u : 0u;
-  };
+  RingPlace<Shape::kStages> ring;
 
   if (thread >= kWarpgroups * 128) {
     // The producer: one thread keeps the ring of key tiles full, across items.
     if (lane != 0) return;
-    // Page sizes are multiples of the block size, so that of 64 keys lies in one page.
-    const bool in_halves = args.page % Shape::kTileKeys != 0;
-    const int box_keys = in_halves ? 64 : Shape::kTileKeys;
     for (auto i = static_cast<std::int32_t>(blockIdx.x); i < items; i += step) {
       const SelectWork work = read_item(args, i);
-      const std::int32_t s = work.tile.sequence;
       for (std::int32_t t = work.begin; t < work.end; ++t) {
-        ptx::wait(empty + stage, parity ^ 1u);
-        ptx::arrive_expect_bytes(full + stage, Shape::kStageBytes);
-        std::byte* const to = stages + static_cast<std::uint32_t>(stage) * Shape::kStageBytes;
-        for (int first = 0; first < Shape::kTileKeys; first += box_keys) {
-          const std::int32_t position = t * Shape::kTileKeys + first;
-          std::int32_t row;
-          std::int32_t page = 0;
-          if (args.page == 0) {
-            row = args.batch.cu_seqlens_k[s] + position;
-          } else {
-            row = position % args.page;
-            // A page that is not there lies outside the tensor: the copy engine brings zeros.
-            page = args.pages;
-            if (position / args.page < args.batch.max_pages) {
-              const std::int32_t id =
-                  args.batch.page_table[std::int64_t{s} * args.batch.max_pages + position / args.page];
-              if (id >= 0 && id < args.pages) page = id;
-            }
-          }
-          for (int half = 0; half < Shape::kHalves; ++half) {
-            ptx::tensor_load(to + static_cast<std::uint32_t>(half) * Shape::kKeyHalfBytes + first * 128, keys,
-                             full + stage, half * 64, row, page);
-          }
-        }
-        next_stage();
+        ptx::wait(empty + ring.stage, ring.parity ^ 1u);
+        ptx::arrive_expect_bytes(full + ring.stage, Shape::kStageBytes);
+        load_key_tile<kDim>(stages + static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes, keys, args,
+                            work.tile.sequence, t, full + ring.stage);
+        ring.next();
       }
     }
     return;
@@ -308,33 +413,12 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
     const SelectTile& tile = work.tile;
     const std::int32_t first_row = warpgroup * kSlabs * 64;  // of the warpgroup, in the tile
 
-    ptx::named_sync(barrier, 128);     // all products of the last item are done
-    constexpr int kChunks = kDim / 8;  // of 16 bytes, a row
-    constexpr int kRowStep = 128 / kChunks;
-    constexpr int kLoads = min_of(8, kSlabs * 64 / kRowStep);  // before the first store: one latency for all of them
-    const int chunk = thread % 128 % kChunks;
-#pragma unroll 1
-    for (int row = thread % 128 / kChunks; row < kSlabs * 64; row += kLoads * kRowStep) {
-      uint4 data[kLoads];
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load) {
-        const int row_of_load = row + load * kRowStep;
-        data[load] = {0, 0, 0, 0};
-        if (first_row + row_of_load < tile.rows) {
-          const std::int32_t r = tile.first_row + first_row + row_of_load;
-          data[load] =
-              *reinterpret_cast<const uint4*>(q_idx.at(args.first_query + r / args.groups, r % args.groups, chunk * 8));
-        }
-      }
-#pragma unroll
-      for (int load = 0; load < kLoads; ++load) {
-        const int row_of_load = row + load * kRowStep;
-        const int slab_half = row_of_load / 64 * Shape::kHalves + chunk / 8;
-        const auto offset = static_cast<std::uint32_t>(row_of_load % 64 * 128 + chunk % 8 * 16);
-        *reinterpret_cast<uint4*>(own_queries + static_cast<std::uint32_t>(slab_half) * Shape::kSlabHalfBytes +
-                                  swizzled(offset, Swizzle::k128)) = data[load];
-      }
-    }
+    ptx::named_sync(barrier, 128);  // all products of the last item are done
+    load_slabs<kSlabs * 64, kDim * 2>(own_queries, thread % 128, [&](int row) -> const std::byte* {
+      if (first_row + row >= tile.rows) return nullptr;
+      const std::int32_t r = tile.first_row + first_row + row;
+      return reinterpret_cast<const std::byte*>(q_idx.at(args.first_query + r / args.groups, r % args.groups));
+    });
     ptx::fence_proxy_async();
     ptx::named_sync(barrier, 128);
 
@@ -355,35 +439,25 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
       }
     }
 
-    // A quad's lanes hold the maxima of four blocks, until they are written together.
-    float held[kSlabs][2] = {};
+    HeldMaxima held[kSlabs];
     for (std::int32_t t = work.begin; t < work.end; ++t) {
       float scores[kSlabs][64];
-      ptx::wait(full + stage, parity);
-      const std::uint64_t key_tile = ptx::advance(key_operand, static_cast<std::uint32_t>(stage) * Shape::kStageBytes);
+      ptx::wait(full + ring.stage, ring.parity);
+      const std::uint64_t key_tile =
+          ptx::advance(key_operand, static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::fence_registers(scores[slab]);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) {  // this order is the rounding of every score
-          const auto step_bytes = static_cast<std::uint32_t>(k % 4 * 32);
-          const auto half = static_cast<std::uint32_t>(k / 4);
-          ptx::wgmma<Shape::kTileKeys, Element>(
-              scores[slab],
-              ptx::advance(
-                  query_operand,
-                  (static_cast<std::uint32_t>(slab) * Shape::kHalves + half) * Shape::kSlabHalfBytes + step_bytes),
-              ptx::advance(key_tile, half * Shape::kKeyHalfBytes + step_bytes), k > 0);
-        }
-        ptx::wgmma_commit();
+        multiply_slab<Element, kDim>(
+            scores[slab],
+            ptx::advance(query_operand, static_cast<std::uint32_t>(slab) * Shape::kHalves * Shape::kSlabHalfBytes),
+            key_tile);
       }
       const auto reduce = [&](auto slab_constant) {
         constexpr int slab = decltype(slab_constant)::value;
         ptx::wgmma_wait<kSlabs - 1 - slab>();
         ptx::fence_registers(scores[slab]);
         if constexpr (slab == kSlabs - 1) {
-          if (lane == 0) ptx::arrive(empty + stage);
+          if (lane == 0) ptx::arrive(empty + ring.stage);
         }
         if (has_diagonal && (t + 1) * Shape::kTileKeys - 1 > first_position) {
 #pragma unroll
@@ -392,29 +466,17 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
             scores[slab][e] = key <= positions[slab][e / 2 % 2] ? scores[slab][e] : quiet_nan();
           }
         }
-        const auto hold = [&](float2 most, int block_of_tile) {
-          const std::int32_t block = t * Shape::kTileBlocks + block_of_tile;  // spans begin at multiples of 4
-          if (block % 4 == lane % 4) {
-            held[slab][0] = most.x;
-            held[slab][1] = most.y;
-          }
-          const bool is_last = t + 1 == work.end && block_of_tile + 1 == Shape::kTileBlocks;
-          if (block % 4 == 3 || is_last) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const std::int32_t row = first_row + slab * 64 + row_of_thread + 8 * h;
-              if (row < tile.rows && lane % 4 <= block % 4) {
-                args.maxima[(tile.first_row + row) * args.maxima_stride + block / 4 * 4 + lane % 4] = held[slab][h];
-              }
-            }
-          }
-        };
-        hold(block_maxima<0, kBlock>(scores[slab]), 0);
-        if constexpr (Shape::kTileBlocks == 2) hold(block_maxima<8, kBlock>(scores[slab]), 1);
+        const std::int32_t row = first_row + slab * 64 + row_of_thread;
+        const bool is_last = t + 1 == work.end;
+        const std::int32_t block = t * Shape::kTileBlocks;
+        held[slab].put(args, tile, row, block, block_maxima<0, kBlock>(scores[slab]), is_last && kBlock == 128, lane);
+        if constexpr (kBlock == 64) {
+          held[slab].put(args, tile, row, block + 1, block_maxima<8, kBlock>(scores[slab]), is_last, lane);
+        }
       };
       reduce(std::integral_constant<int, 0>());
       if constexpr (kSlabs == 2) reduce(std::integral_constant<int, 1>());
-      next_stage();
+      ring.next();
     }
   }
 }
@@ -437,24 +499,20 @@ __global__ void __launch_bounds__(kTopkWarps* kWarpSize, kTopkBlocksPerProcessor
     std::int32_t* const out = blocks.at(r % args.groups, query);
     const std::int32_t position = args.batch.place(query).position;  // -1: an inert row, which sees nothing
     const std::int32_t visible = position < 0 ? 0 : position / args.block_size + 1;
-    ForcedRange forced{visible, visible};
+    const RowChoice choice = row_choice(args, visible);
     int chosen = 0;
-    if (visible > args.topk) {
-      forced = forced_range(args, visible);
-      const std::int32_t slots = args.topk - forced.init_end - (visible - forced.local_begin);
-      if (slots > 0) {
-        chosen = warp_topk<kVectors>(args.maxima + r * args.maxima_stride, static_cast<std::uint32_t>(forced.init_end),
-                                     static_cast<std::uint32_t>(forced.local_begin), slots, survivors[warp], lane);
-      }
+    if (choice.slots > 0) {
+      chosen = warp_topk<kVectors>(args.maxima + r * args.maxima_stride, static_cast<std::uint32_t>(choice.begin),
+                                   static_cast<std::uint32_t>(choice.end), choice.slots, survivors[warp], lane);
     }
     for (int i = lane; i < args.topk; i += kWarpSize) {
       std::int32_t id = -1;
-      if (i < forced.init_end) {
+      if (i < choice.begin) {
         id = i;
-      } else if (i < forced.init_end + chosen) {
-        id = survivors[warp].ids[i - forced.init_end];
-      } else if (forced.local_begin + (i - forced.init_end - chosen) < visible) {
-        id = forced.local_begin + (i - forced.init_end - chosen);
+      } else if (i < choice.begin + chosen) {
+        id = survivors[warp].ids[i - choice.begin];
+      } else if (choice.end + (i - choice.begin - chosen) < visible) {
+        id = choice.end + (i - choice.begin - chosen);
       }
       out[i] = id;
     }

@@ -36,7 +36,7 @@ struct WarpProduct {
   Product product;
   unsigned lanes = 0;
   bool done = false;
-  float* d[32];
+  void* d[32];
   const std::uint32_t* a[32];
 };
 struct WarpState {
@@ -127,7 +127,10 @@ void check_aligned(const void* pointer, std::size_t alignment, const char* what)
 // Matrix products
 // ------------------------------------------------------------------------------------------------------
 
+bool is_one_byte(ProductType type) { return type == ProductType::kFloat8 || type == ProductType::kInt8; }
+
 float decode(ProductType type, const std::byte* at) {
+  if (type == ProductType::kInt8) return static_cast<float>(static_cast<std::int8_t>(*at));
   if (type == ProductType::kFloat8) return core::f8_to_float(static_cast<std::uint8_t>(*at));
   std::uint16_t bits = 0;
   std::memcpy(&bits, at, 2);
@@ -144,7 +147,7 @@ class Operand {
         swizzle_(static_cast<Swizzle>(descriptor >> 62)),
         outer_major_(outer_major),
         type_(type),
-        element_(type == ProductType::kFloat8 ? 1 : 2) {
+        element_(is_one_byte(type) ? 1 : 2) {
     if ((descriptor >> 49 & 7) != 0) throw Fault("wgmma: a descriptor with a base offset is not emulated");
     width_ = swizzle_ == Swizzle::k128 ? 128 : swizzle_ == Swizzle::k64 ? 64 : swizzle_ == Swizzle::k32 ? 32 : 16;
     // The rows that a swizzle permutes among must be those of one group of eight.
@@ -186,7 +189,7 @@ class Operand {
 void run_product(WarpProduct& op, unsigned warp) {
   constexpr int kRows = 16;
   const Product& p = op.product;
-  const int depth = p.type == ProductType::kFloat8 ? 32 : 16;
+  const int depth = is_one_byte(p.type) ? 32 : 16;
   const int columns = p.columns;
   float a[kRows][32];
   static std::vector<float> b, d;
@@ -224,11 +227,22 @@ void run_product(WarpProduct& op, unsigned warp) {
       for (int i = 0; i < columns / 2; ++i) {
         const int row = lane / 4 + 8 * (i / 2 % 2);
         const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-        body(op.d[lane][i], d[static_cast<std::size_t>(row * columns + column)]);
+        body(static_cast<std::byte*>(op.d[lane]) + 4 * i, d[static_cast<std::size_t>(row * columns + column)]);
       }
     }
   };
-  if (p.accumulate) each([](float& mine, float& sum) { sum = mine; });
+  // Integers are summed as floats, which hold them exactly: no more than 2^14 a product, and 2^10 products at most.
+  const bool in_integers = p.type == ProductType::kInt8;
+  const auto take = [in_integers](std::byte* mine, float& sum) {
+    std::int32_t whole = 0;
+    std::memcpy(in_integers ? static_cast<void*>(&whole) : &sum, mine, 4);
+    if (in_integers) sum = static_cast<float>(whole);
+  };
+  const auto give = [in_integers](std::byte* mine, float& sum) {
+    const auto whole = static_cast<std::int32_t>(in_integers ? sum : 0.0f);
+    std::memcpy(mine, in_integers ? static_cast<const void*>(&whole) : &sum, 4);
+  };
+  if (p.accumulate) each(take);
   for (int row = 0; row < kRows; ++row) {
     float* sums = d.data() + row * columns;
     for (int k = 0; k < depth; ++k) {
@@ -237,7 +251,7 @@ void run_product(WarpProduct& op, unsigned warp) {
       for (int n = 0; n < columns; ++n) sums[n] += x * y[n];
     }
   }
-  each([](float& mine, float& sum) { mine = sum; });
+  each(give);
   op.done = true;
 }
 
@@ -401,7 +415,7 @@ void tensor_load(void* shared, const TensorMap& map, std::uint64_t* barrier, std
   start(std::move(copy));
 }
 
-void product_issue(const Product& product, float* d, const std::uint32_t* a) {
+void product_issue(const Product& product, void* d, const std::uint32_t* a) {
   const unsigned rank = thread_rank();
   WarpState& warp = state().warps[rank / 32];
   const std::uint64_t number = this_thread().products++;

@@ -35,7 +35,7 @@ void bulk_commit();
 void bulk_wait_read(unsigned pending);
 void tensor_load(void* shared, const TensorMap& map, std::uint64_t* barrier, std::initializer_list<std::int32_t> at);
 
-enum class ProductType { kBFloat16, kFloat16, kFloat8 };
+enum class ProductType { kBFloat16, kFloat16, kFloat8, kInt8 };
 /// One wgmma. The lanes of a warp must agree on it; the four warps of a warpgroup do their 16 rows each on their own.
 struct Product {
   ProductType type = ProductType::kBFloat16;
@@ -45,8 +45,9 @@ struct Product {
   bool accumulate = false;
   bool operator==(const Product&) const = default;
 };
-/// `d` and `a` are the caller's registers, which must live until the wait. a null: A in shared memory.
-void product_issue(const Product& product, float* d, const std::uint32_t* a);
+/// `d`, float or for kInt8 int32, and `a` are the caller's registers, which must live until the wait. a null: A in
+/// shared memory.
+void product_issue(const Product& product, void* d, const std::uint32_t* a);
 void product_commit();
 void product_wait(unsigned pending);
 

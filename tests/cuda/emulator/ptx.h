@@ -67,8 +67,8 @@ template <int kPending>
 void wgmma_wait() {
   emulator::product_wait(kPending);
 }
-template <int kCount>
-void fence_registers(float (&)[kCount]) {}
+template <class T, int kCount>
+void fence_registers(T (&)[kCount]) {}
 
 template <class T>
 constexpr emulator::ProductType product_type() {
@@ -107,6 +107,16 @@ void wgmma(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b, bool
   product.outer_b = kMajorB == Major::kOuter;
   product.accumulate = accumulate;
   emulator::product_issue(product, d, a);
+}
+
+inline void wgmma_int8(std::int32_t (&d)[64], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  emulator::Product product;
+  product.type = emulator::ProductType::kInt8;
+  product.columns = 128;
+  product.a = a;
+  product.b = b;
+  product.accumulate = accumulate;
+  emulator::product_issue(product, d, nullptr);
 }
 
 template <int kRegisters>
