@@ -5,10 +5,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <string>
 
-#include "msa/error.h"
+#include "src/core/screen_switch.h"
 #include "src/cpu/dot_products.h"
 
 namespace msa::cpu {
@@ -17,12 +15,12 @@ namespace {
 std::atomic<Screening> forced{Screening::kAuto};
 
 Screening read_environment() {
-  const char* value = std::getenv("MSA_SCREEN");
-  const std::string wanted = value == nullptr ? "" : value;
-  if (wanted.empty()) return Screening::kAuto;
-  if (wanted == "0") return Screening::kNever;
-  if (wanted == "1") return Screening::kAlways;
-  throw Error("MSA_SCREEN: \"" + wanted + "\" is neither 0 (never screen) nor 1 (always screen)");
+  switch (core::screen_switch()) {
+    case core::ScreenSwitch::kNever: return Screening::kNever;
+    case core::ScreenSwitch::kAlways: return Screening::kAlways;
+    case core::ScreenSwitch::kAuto: break;
+  }
+  return Screening::kAuto;
 }
 
 }  // namespace

@@ -16,16 +16,24 @@
 
 namespace msa::cuda {
 
+namespace {
+
+SelectPlan plan_of(const SelectBlocksParams& params) {
+  return plan_select(shape_of(params), SelectSchedule::kAuto, core::screen_switch());
+}
+
+}  // namespace
+
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
   if (takes_select(params)) {
-    launch_select(plan_select(shape_of(params)), params, blocks, context.workspace, multiprocessor_count(),
+    launch_select(plan_of(params), params, blocks, context.workspace, multiprocessor_count(),
                   context.stream);
   } else {
     generic::select_blocks(context.stream, params, blocks);
   }
 }
 std::size_t select_blocks_workspace(const SelectBlocksParams& params) {
-  return takes_select(params) ? plan_select(shape_of(params)).bytes : 0;
+  return takes_select(params) ? plan_of(params).bytes : 0;
 }
 
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks) {

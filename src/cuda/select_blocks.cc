@@ -26,6 +26,10 @@ SelectShape shape_of(const SelectBlocksParams& params) {
   shape.sequences = params.batch.sequences();
   shape.max_keys = params.batch.is_paged ? params.batch.max_pages * params.k_idx.size(1) : params.k_idx.size(0);
   shape.block_size = params.block_size;
+  shape.index_dim = params.q_idx.size(2);
+  shape.topk = params.topk;
+  shape.local_blocks = params.local_blocks;
+  shape.is_paged = params.batch.is_paged;
   return shape;
 }
 
@@ -36,7 +40,7 @@ bool takes_select(const SelectBlocksParams& params) {
          (params.block_size == 64 || params.block_size == 128) && is_aligned(params.q_idx) && is_aligned(params.k_idx);
 }
 
-SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule) {
+SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::ScreenSwitch screening) {
   SelectPlan plan;
   const std::int64_t rows = shape.query_rows * shape.groups;
   const std::int64_t sequences = std::max<std::int64_t>(shape.sequences, 1);
@@ -62,25 +66,20 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule) {
   const std::int64_t query_bytes = std::max<std::int64_t>(row_bytes * shape.groups, 1);
   plan.chunk_queries =
       std::min(std::max<std::int64_t>(kSelectMaximaBytes / query_bytes / 256, 1) * 256, shape.query_rows);
-  plan.chunks = plan.chunk_queries == 0 ? 0 : divide_up(shape.query_rows, plan.chunk_queries);
 
   const std::int64_t chunk_rows = plan.chunk_queries * shape.groups;
   plan.most_tiles =
       chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, plan.chunk_queries);
   plan.most_items = plan.most_tiles * divide_up(plan.most_key_tiles, plan.span_tiles);
 
-  std::size_t at = 0;
-  const auto place = [&at](std::int64_t bytes) {
-    const std::size_t start = at;
-    at += static_cast<std::size_t>(round_up_to(bytes, 256));
-    return start;
-  };
-  place(256);  // counts
-  plan.sequence_tiles = place((shape.sequences + 1) * 4);
-  plan.tiles = place(plan.most_tiles * 16);
-  plan.items = place(plan.most_items * 8);
-  plan.maxima = place(chunk_rows * row_bytes);
-  plan.bytes = at;
+  WorkspaceLayout layout;
+  layout.place(256);  // counts
+  plan.sequence_tiles = layout.place((shape.sequences + 1) * 4);
+  plan.tiles = layout.place(plan.most_tiles * 16);
+  plan.items = layout.place(plan.most_items * 8);
+  plan.maxima = layout.place(chunk_rows * row_bytes);
+  plan.screen = plan_screening(shape, many, plan.chunk_queries, plan.most_key_tiles, screening, layout);
+  plan.bytes = layout.bytes();
   return plan;
 }
 

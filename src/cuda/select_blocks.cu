@@ -2,6 +2,8 @@
 // Launch of select_blocks. See select_blocks.cuh.
 #include "src/cuda/select_blocks.cuh"
 
+#include "src/cuda/screen_blocks.cuh"
+
 namespace msa::cuda {
 namespace {
 
@@ -59,11 +61,28 @@ void launch_geometry(const SelectPlan& plan, const SelectArgs& args, const Selec
   run(plan, args, params, keys, grid, stream);
 }
 
+ScreenArgs screen_args(const SelectPlan& plan, const SelectBlocksParams& params, std::byte* base) {
+  const ScreenPlan& parts = plan.screen;
+  ScreenArgs screen;
+  screen.keys = reinterpret_cast<Int8*>(base + parts.keys);
+  screen.key_bounds = reinterpret_cast<KeyBound*>(base + parts.key_bounds);
+  screen.queries = reinterpret_cast<Int8*>(base + parts.queries);
+  screen.row_bounds = reinterpret_cast<RowBound*>(base + parts.row_bounds);
+  screen.leaders = reinterpret_cast<std::int32_t*>(base + parts.leaders);
+  for (int i = 0; i < 2; ++i) screen.doubts[i] = reinterpret_cast<std::uint32_t*>(base + parts.doubts[i]);
+  screen.state = reinterpret_cast<ScreenState*>(base + parts.state);
+  screen.row_words = static_cast<std::int32_t>(parts.row_words);
+  screen.blocks = static_cast<std::int32_t>(parts.blocks);
+  screen.key_rows = params.batch.is_paged ? 0 : static_cast<std::int32_t>(params.k_idx.size(0));
+  screen.always = parts.always ? 1 : 0;
+  return screen;
+}
+
 }  // namespace
 
 void launch_select(const SelectPlan& plan, const SelectBlocksParams& params, const TensorView& blocks, void* workspace,
                    std::int64_t multiprocessors, void* stream) {
-  if (plan.chunks == 0) return;
+  if (plan.chunk_queries == 0) return;
   auto* const base = static_cast<std::byte*>(workspace);
   SelectArgs args;
   args.batch = view_of(params.batch);
@@ -90,20 +109,31 @@ void launch_select(const SelectPlan& plan, const SelectBlocksParams& params, con
   const bool has_scores = params.k_idx.elements() > 0 && plan.most_items > 0;
   const TensorMap keys = has_scores ? map_keys(params) : TensorMap{};
   const Strided<std::int32_t> out = strided<std::int32_t>(blocks);
-  for (std::int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-    args.first_query = static_cast<std::int32_t>(chunk * plan.chunk_queries);
-    args.queries =
-        static_cast<std::int32_t>(min_of(plan.chunk_queries, params.q_idx.size(0) - chunk * plan.chunk_queries));
+  const bool screens = has_scores && plan.screen.use;
+  const ScreenArgs screen = screens ? screen_args(plan, params, base) : ScreenArgs{};
+  if (screens) launch_key_copies(args, screen, params, multiprocessors, stream);
+  std::int32_t* const listed_items = args.item_count;
+  const std::int64_t rows = params.q_idx.size(0);
+  for (std::int64_t first = 0; first < rows; first += args.queries) {
+    args.first_query = static_cast<std::int32_t>(first);
+    args.queries = static_cast<std::int32_t>(plan.queries_of_chunk(first, rows));
+    const TopkPlan ranking = plan_topk(std::int64_t{args.queries} * args.groups, plan.maxima_stride, multiprocessors);
     if (has_scores) {
+      if (screens) clear_memory(stream, screen.doubts[0], static_cast<std::size_t>(plan.screen.doubt_bytes));
+      args.item_count = listed_items;
       launch(dim3(1), dim3(kListThreads), 0, stream, list_items_kernel<kListThreads>, args);
+      if (screens) {
+        launch_decision(args, screen, stream);
+        args.item_count = &screen.state->exact_items;
+      }
       const auto grid = static_cast<unsigned>(min_of(multiprocessors, plan.most_items));
       if (params.q_idx.dtype == DType::kBFloat16) {
         launch_geometry<BFloat16>(plan, args, params, keys, grid, stream);
       } else {
         launch_geometry<Float16>(plan, args, params, keys, grid, stream);
       }
+      if (screens) launch_screening(args, screen, params, keys, ranking, multiprocessors, stream);
     }
-    const TopkPlan ranking = plan_topk(std::int64_t{args.queries} * args.groups, plan.maxima_stride, multiprocessors);
     const auto select = ranking.vectors == kTopkNarrowVectors ? select_rows_kernel<kTopkNarrowVectors>
                                                               : select_rows_kernel<kTopkWideVectors>;
     launch_dependent(dim3(static_cast<unsigned>(ranking.thread_blocks)), dim3(kTopkWarps * kWarpSize), 0, stream,

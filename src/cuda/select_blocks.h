@@ -8,6 +8,8 @@
 #include <cstdint>
 
 #include "msa/select_blocks.h"
+#include "src/core/screen_switch.h"
+#include "src/cuda/screen_blocks.h"
 
 namespace msa::cuda {
 
@@ -39,16 +41,33 @@ struct SelectShape {
   std::int64_t sequences = 0;
   std::int64_t max_keys = 0;  ///< that a sequence can have: rows of k_idx, or max_pages * page
   std::int64_t block_size = 128;
+  std::int64_t index_dim = 128;
+  std::int64_t topk = 16;
+  std::int64_t local_blocks = 1;
+  bool is_paged = false;
+};
+
+/// Hands out parts of a workspace, 256-byte aligned, one behind the other.
+class WorkspaceLayout {
+ public:
+  std::size_t place(std::int64_t bytes) {
+    const std::size_t start = bytes_;
+    bytes_ += static_cast<std::size_t>((bytes + 255) / 256 * 256);
+    return start;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::size_t bytes_ = 0;
 };
 
 /// The workspace, in this order, every part 256-byte aligned: counts, first tile of each sequence, tiles, items,
-/// maxima.
+/// maxima, and what screening needs.
 struct SelectPlan {
   SelectSchedule schedule = SelectSchedule::kFewRows;
   std::int64_t tile_rows = kSelectFewRows;
   std::int64_t span_tiles = 1;     ///< key tiles a work item, at most; a multiple of kSelectSpanMultiple
   std::int64_t chunk_queries = 0;  ///< query rows whose maxima are in the workspace at a time
-  std::int64_t chunks = 0;
   std::int64_t maxima_stride = 0;   ///< floats a row of maxima, a multiple of 8, at least the blocks of max_keys
   std::int64_t most_tiles = 0;      ///< row tiles that a chunk can have
   std::int64_t most_key_tiles = 0;  ///< of a sequence
@@ -58,12 +77,20 @@ struct SelectPlan {
   std::size_t tiles = 0;           ///< SelectTile [most_tiles]
   std::size_t items = 0;           ///< SelectItem [most_items]
   std::size_t maxima = 0;          ///< float [chunk_queries * groups, maxima_stride]
+  ScreenPlan screen;
   std::size_t bytes = 0;
 
   bool operator==(const SelectPlan&) const = default;
+
+  /// Query rows of the chunk that begins with row `first` of `rows`.
+  std::int64_t queries_of_chunk(std::int64_t first, std::int64_t rows) const {
+    const std::int64_t most = screen.use && first == 0 ? screen.first_queries : chunk_queries;
+    return rows - first < most ? rows - first : most;
+  }
 };
 
-SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule = SelectSchedule::kAuto);
+SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule = SelectSchedule::kAuto,
+                       core::ScreenSwitch screening = core::ScreenSwitch::kAuto);
 SelectShape shape_of(const SelectBlocksParams& params);
 
 /// Whether the kernels take these tensors: bfloat16 or float16, index_dim 64 or 128, block_size 64 or 128, data and
