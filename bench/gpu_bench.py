@@ -12,6 +12,7 @@ says its operations or bytes, and what share of the measured peak that is. Rows 
 import argparse
 import json
 import math
+import os
 import pathlib
 import statistics
 import subprocess
@@ -179,6 +180,57 @@ def bench_decode(clock, add, longest):
             speedup=dense / sparse)
 
 
+def with_screening(value, call):
+    def run():
+        os.environ["MSA_SCREEN"] = value
+        try:
+            return call()
+        finally:
+            del os.environ["MSA_SCREEN"]
+
+    return run
+
+
+def bench_selection(clock, add, longest):
+    """Block selection alone: exact scores of every block; screened in int8; and as a call decides, on keys that screening
+    helps and on keys (a common part 100 times the differences) that it does not."""
+    for keys in (64 * K, 128 * K, 256 * K, 1024 * K):
+        if keys > longest:
+            continue
+        queries = 8 * K
+        _, _, _, q_idx, k_idx = tensors(queries, keys)
+        cu = (bounds(queries), bounds(keys))
+        flops = 2 * visible_pairs(queries, keys) * HKV * D
+        for hard in (False, True):
+            if hard:
+                k_idx = k_idx + 100 * (torch.arange(D, device="cuda") % 3).to(k_idx.dtype)
+
+            def select():
+                return msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
+
+            assert torch.equal(with_screening("0", select)(), with_screening("1", select)()), "screening changed a bit"
+            seconds = {"exact": clock(with_screening("0", select)), "screened": clock(with_screening("1", select)),
+                       "auto": clock(select)}
+            add("selection", {"queries": queries, "keys": keys, "keys_are": "biased" if hard else "normal"}, seconds,
+                dict.fromkeys(seconds, flops), speedup=seconds["exact"] / seconds["auto"])
+
+
+def bench_index_scan(clock, add, longest):
+    """Block selection of decoding and verification, as a replayed graph: bound by reading the index keys once."""
+    for keys in (128 * K, 1024 * K):
+        if keys > longest:
+            continue
+        for queries in (1, 4, 16):
+            _, _, _, q_idx, k_idx = tensors(queries, keys)
+            cu = (bounds(queries), bounds(keys))
+            narrow = k_idx.to(torch.float8_e4m3fn)
+            seconds = {
+                "bf16": clock.replay(lambda: msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)),
+                "float8": clock.replay(lambda: msa.select_blocks(q_idx, narrow, *cu, BLOCK, TOPK)),
+            }
+            add("index_scan", {"queries": queries, "keys": keys}, seconds, {}, {"bf16": keys * D * 2, "float8": keys * D})
+
+
 def bench_topk(clock, add, longest):
     for rows, columns, topk in ((128 * K, 1024, 16), (128 * K, 1024, 32), (32 * K, 4096, 16), (16 * K, 8192, 16)):
         scores = torch.randn(rows, columns, device="cuda")
@@ -242,6 +294,8 @@ PARTS = {
     "topk": bench_topk,
     "decode": bench_decode,
     "prefill": bench_prefill,
+    "selection": bench_selection,
+    "index_scan": bench_index_scan,
     "sparse_forward": bench_sparse_forward,
     "dense_forward": bench_dense_forward,
     "training": bench_training,

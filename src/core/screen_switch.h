@@ -6,7 +6,7 @@
 namespace msa::core {
 
 enum class ScreenSwitch {
-  kAuto,    ///< where it is expected to pay
+  kAuto,  ///< where it is expected to pay
   kNever,
   kAlways,  ///< also where it does not pay
 };

@@ -65,6 +65,8 @@ __device__ __forceinline__ float to_float(Float8E4M3 x) {
 #endif
 }
 
+__device__ __forceinline__ float to_float(Int8 x) { return x.value; }
+
 /// Rounds to nearest even; NaN stays NaN. float8: what is above 448 becomes 448, as in src/core/float_convert.h.
 template <class T>
 __device__ __forceinline__ T from_float(float x) {

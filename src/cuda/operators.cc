@@ -26,8 +26,7 @@ SelectPlan plan_of(const SelectBlocksParams& params) {
 
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
   if (takes_select(params)) {
-    launch_select(plan_of(params), params, blocks, context.workspace, multiprocessor_count(),
-                  context.stream);
+    launch_select(plan_of(params), params, blocks, context.workspace, multiprocessor_count(), context.stream);
   } else {
     generic::select_blocks(context.stream, params, blocks);
   }

@@ -52,8 +52,7 @@ void with_geometry(const SelectBlocksParams& params, const Body& body) {
 }
 template <class Body>
 void with_kernel(const SelectBlocksParams& params, const Body& body) {
-  params.q_idx.dtype == DType::kBFloat16 ? with_geometry<BFloat16>(params, body)
-                                         : with_geometry<Float16>(params, body);
+  params.q_idx.dtype == DType::kBFloat16 ? with_geometry<BFloat16>(params, body) : with_geometry<Float16>(params, body);
 }
 
 }  // namespace

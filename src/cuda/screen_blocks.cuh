@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Exact screening of block selection on Hopper. Keys and queries are copied to int8, a scale a block and a row; products
-// of the copies, exact in int32 and at twice the rate of bf16, give each block's maximum within a known error. The best
-// blocks of a row by that measure, its leaders, are then scored exactly, by the same chain of products as without
-// screening; whatever could reach the worst of them is scored exactly, too, and the rest is certainly out. What is not
-// scored keeps an approximation below every chosen score, so that the ranking needs not know. Chunks that screening
-// does not help are scored exactly from the start; the choice is made on the device. docs/cuda-select-blocks.md has the
-// bound and the counts. Tested in tests/cuda/screen_blocks_test.cc.
+// Exact screening of block selection on Hopper. Keys and queries are copied to int8, a scale a block and a row;
+// products of the copies, exact in int32 and at twice the rate of bf16, give each block's maximum within a known error.
+// The best blocks of a row by that measure, its leaders, are then scored exactly, by the same chain of products as
+// without screening; whatever could reach the worst of them is scored exactly, too, and the rest is certainly out. What
+// is not scored keeps an approximation below every chosen score, so that the ranking needs not know. Chunks that
+// screening does not help are scored exactly from the start; the choice is made on the device.
+// docs/cuda-select-blocks.md has the bound and the counts. Tested in tests/cuda/screen_blocks_test.cc.
 #pragma once
 
 #include "src/cuda/screen_blocks.h"
@@ -40,7 +40,7 @@ struct ScreenArgs {
   KeyBound* key_bounds = nullptr;
   Int8* queries = nullptr;  ///< [chunk rows, index_dim]
   RowBound* row_bounds = nullptr;
-  std::int32_t* leaders = nullptr;              ///< [chunk rows, topk]
+  std::int32_t* leaders = nullptr;                ///< [chunk rows, topk]
   std::uint32_t* doubts[2] = {nullptr, nullptr};  ///< [key tiles, row_words]: leaders, and what could reach them
   ScreenState* state = nullptr;
   std::int32_t row_words = 0;
@@ -368,8 +368,7 @@ __global__ void __launch_bounds__(ScreenKernel<kDim, kBlock>::kThreads, 1)
           ptx::advance(key_operand, static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes);
 #pragma unroll
       for (int slab = 0; slab < Shape::kSlabs; ++slab) {
-        const std::uint64_t rows =
-            ptx::advance(query_operand, static_cast<std::uint32_t>(slab) * Shape::kSlabBytes);
+        const std::uint64_t rows = ptx::advance(query_operand, static_cast<std::uint32_t>(slab) * Shape::kSlabBytes);
         ptx::fence_registers(sums[slab]);
         ptx::wgmma_fence();
 #pragma unroll
@@ -590,7 +589,8 @@ __global__ void __launch_bounds__(128, RescoreKernel<kDim>::kPerProcessor)
           for (int h = 0; h < 2; ++h) {
             const std::int32_t place = first + thread / kWarpSize * 16 + lane / 4 + 8 * h;
             if (lane % 4 == b && place < rows) {
-              args.maxima[(begin + list[place]) * args.maxima_stride + tile * kTileBlocks + b] = h == 0 ? most.x : most.y;
+              args.maxima[(begin + list[place]) * args.maxima_stride + tile * kTileBlocks + b] =
+                  h == 0 ? most.x : most.y;
             }
           }
         };

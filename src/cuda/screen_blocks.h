@@ -29,19 +29,19 @@ inline constexpr std::int64_t kRescoreTiles = 32;
 
 struct ScreenPlan {
   bool use = false;
-  bool always = false;             ///< also the chunks it does not help
-  std::int64_t blocks = 0;         ///< numbers that blocks of the batch can have (first_block in batch.cuh), and two more
-  std::int64_t row_words = 0;      ///< words of 32 rows that a chunk can have
+  bool always = false;         ///< also the chunks it does not help
+  std::int64_t blocks = 0;     ///< numbers that blocks of the batch can have (first_block in batch.cuh), and two more
+  std::int64_t row_words = 0;  ///< words of 32 rows that a chunk can have
   std::int64_t first_queries = 0;  ///< of the first chunk, which finds out whether screening helps
   std::int64_t doubt_bytes = 0;    ///< of both arrays of doubts, which lie side by side
 
-  std::size_t keys = 0;         ///< Int8 [blocks, block_size, index_dim]
-  std::size_t key_bounds = 0;   ///< KeyBound [blocks]
-  std::size_t queries = 0;      ///< Int8 [chunk rows, index_dim]
-  std::size_t row_bounds = 0;   ///< RowBound [chunk rows]
-  std::size_t leaders = 0;      ///< int32 [chunk rows, topk]
+  std::size_t keys = 0;            ///< Int8 [blocks, block_size, index_dim]
+  std::size_t key_bounds = 0;      ///< KeyBound [blocks]
+  std::size_t queries = 0;         ///< Int8 [chunk rows, index_dim]
+  std::size_t row_bounds = 0;      ///< RowBound [chunk rows]
+  std::size_t leaders = 0;         ///< int32 [chunk rows, topk]
   std::size_t doubts[2] = {0, 0};  ///< uint32 [key tiles, row_words] each
-  std::size_t state = 0;        ///< ScreenState
+  std::size_t state = 0;           ///< ScreenState
 
   bool operator==(const ScreenPlan&) const = default;
 };

@@ -36,8 +36,9 @@ SelectShape shape_of(const SelectBlocksParams& params) {
 bool takes_select(const SelectBlocksParams& params) {
   const DType dtype = params.q_idx.dtype;
   const std::int64_t index_dim = params.q_idx.size(2);
-  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && params.k_idx.dtype == dtype && (index_dim == 64 || index_dim == 128) &&
-         (params.block_size == 64 || params.block_size == 128) && is_aligned(params.q_idx) && is_aligned(params.k_idx);
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && params.k_idx.dtype == dtype &&
+         (index_dim == 64 || index_dim == 128) && (params.block_size == 64 || params.block_size == 128) &&
+         is_aligned(params.q_idx) && is_aligned(params.k_idx);
 }
 
 SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::ScreenSwitch screening) {

@@ -66,8 +66,8 @@ __device__ __forceinline__ ForcedRange forced_range(const SelectArgs& args, std:
   return range;
 }
 
-/// A row with `visible` blocks takes [0, begin) and [end, visible), and the `slots` best of [begin, end), which are more
-/// than slots when slots is not 0.
+/// A row with `visible` blocks takes [0, begin) and [end, visible), and the `slots` best of [begin, end), which are
+/// more than slots when slots is not 0.
 struct RowChoice {
   std::int32_t begin;
   std::int32_t end;
@@ -258,8 +258,8 @@ __device__ __forceinline__ void load_key_tile(std::byte* to, const TensorMap& ke
       }
     }
     for (int half = 0; half < kDim / 64; ++half) {
-      ptx::tensor_load(to + static_cast<std::uint32_t>(half) * kTileKeys * 128 + first * 128, keys, full, half * 64, row,
-                       page);
+      ptx::tensor_load(to + static_cast<std::uint32_t>(half) * kTileKeys * 128 + first * 128, keys, full, half * 64,
+                       row, page);
     }
   }
 }

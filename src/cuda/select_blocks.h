@@ -66,8 +66,8 @@ class WorkspaceLayout {
 struct SelectPlan {
   SelectSchedule schedule = SelectSchedule::kFewRows;
   std::int64_t tile_rows = kSelectFewRows;
-  std::int64_t span_tiles = 1;     ///< key tiles a work item, at most; a multiple of kSelectSpanMultiple
-  std::int64_t chunk_queries = 0;  ///< query rows whose maxima are in the workspace at a time
+  std::int64_t span_tiles = 1;      ///< key tiles a work item, at most; a multiple of kSelectSpanMultiple
+  std::int64_t chunk_queries = 0;   ///< query rows whose maxima are in the workspace at a time
   std::int64_t maxima_stride = 0;   ///< floats a row of maxima, a multiple of 8, at least the blocks of max_keys
   std::int64_t most_tiles = 0;      ///< row tiles that a chunk can have
   std::int64_t most_key_tiles = 0;  ///< of a sequence

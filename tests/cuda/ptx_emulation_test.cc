@@ -19,7 +19,14 @@ template <class T>
 std::vector<T> random_integers(std::size_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<T> values(count);
-  for (T& value : values) value = from_float<T>(static_cast<float>(static_cast<int>(random() % 7) - 3));
+  for (T& value : values) {
+    const int number = static_cast<int>(random() % 7) - 3;
+    if constexpr (std::is_same_v<T, Int8>) {
+      value = {static_cast<std::int8_t>(number * 40)};  // sums beyond 16 bits
+    } else {
+      value = from_float<T>(static_cast<float>(number));
+    }
+  }
   return values;
 }
 
@@ -72,7 +79,7 @@ __global__ void multiply(const T* a, const T* b, float* d, Swizzle swizzle, bool
   constexpr ptx::Major kMajorA = kOuterA ? ptx::Major::kOuter : ptx::Major::kInner;
   constexpr ptx::Major kMajorB = kOuterB ? ptx::Major::kOuter : ptx::Major::kInner;
   const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float sums[N / 2];
+  std::conditional_t<std::is_same_v<T, Int8>, std::int32_t, float> sums[N / 2];
   std::uint32_t fragments[kDepth / kStep][4];
   ptx::wgmma_fence();
   for (std::uint32_t step = 0; step < kDepth / kStep; ++step) {
@@ -91,14 +98,18 @@ __global__ void multiply(const T* a, const T* b, float* d, Swizzle swizzle, bool
       }
     }
     const std::uint64_t of_a = describe<T>(shared_a + offset(kOuterA, 64), 64, kDepth, kOuterA, swizzle);
-    ptx::wgmma<N, T, kMajorA, kMajorB>(sums, of_a, of_b, step > 0);
+    if constexpr (std::is_same_v<T, Int8>) {
+      ptx::wgmma_int8(sums, of_a, of_b, step > 0);
+    } else {
+      ptx::wgmma<N, T, kMajorA, kMajorB>(sums, of_a, of_b, step > 0);
+    }
   }
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::fence_registers(sums);
   for (int i = 0; i < N / 2; ++i) {
     const std::uint32_t row = warp * 16 + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-    d[row * N + column] = sums[i];
+    d[row * N + column] = static_cast<float>(sums[i]);
   }
 }
 
@@ -148,6 +159,7 @@ TEST(Ptx, MatrixProductsOfEveryLayout) {
   expect_products<Float16, 256>();
   expect_products<Float8E4M3, 32>();
   expect_products<Float8E4M3, 128>();
+  expect_products<Int8, 128>();
 }
 
 /// Pipeline of two stages: one producer thread loads boxes, the others add up what they hold.

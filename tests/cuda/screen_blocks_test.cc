@@ -40,7 +40,7 @@ const std::vector<Case> kCases = {
     make_case(4, 128, 128, 2, {{1, 128}, {1, 641}, {2, 1513}, {0, 300}, {16, 1030}}, DType::kBFloat16,
               Layout::kContiguous, 3),
     make_case(3, 128, 64, 3, {{90, 700}, {5, 5}, {30, 400}}, DType::kFloat16, Layout::kHeadsFirst, 1),
-    make_case(5, 64, 128, 1, {{0, 0}, {60, 1300}, {1, 1}, {7, 900}}, DType::kFloat16),
+    make_case(5, 64, 128, 2, {{0, 0}, {60, 1300}, {1, 1}, {7, 900}}, DType::kFloat16),
     make_case(2, 64, 64, 5, {{300, 1000}}, DType::kBFloat16, Layout::kHeadsFirst),
 };
 
@@ -96,22 +96,41 @@ void for_each_key(Problem& p, const std::function<double(std::int64_t, std::int6
 const std::vector<Adversary> kAdversaries = {
     {"one channel 3000 times as strong",
      [](Problem& p) { for_each_key(p, [](auto, auto d, double x) { return d == 5 ? 3000 * x : x; }); }},
-    {"a bias in every key", [](Problem& p) { for_each_key(p, [](auto, auto d, double x) { return 100 * (d % 3) + x; }); }},
+    {"a bias in every key",
+     [](Problem& p) { for_each_key(p, [](auto, auto d, double x) { return 100 * (d % 3) + x; }); }},
     {"keys that hardly differ",
-     [](Problem& p) { for_each_key(p, [](auto, auto d, double x) { return 1.0 + 0.001 * static_cast<double>(d) + 1e-3 * x; }); }},
+     [](Problem& p) {
+       for_each_key(p, [](auto, auto d, double x) { return 1.0 + 0.001 * static_cast<double>(d) + 1e-3 * x; });
+     }},
     {"one key far out in each third block",
      [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return t % 192 == 7 ? 1e4 * x : x; }); }},
     {"all keys zero", [](Problem& p) { p.k_idx.fill(0); }},
     {"all queries zero", [](Problem& p) { p.q_idx.fill(0); }},
-    {"tiny", [](Problem& p) { scale(p.k_idx, 0x1p-80); scale(p.q_idx, 0x1p-30); }},
-    {"at the edges of what is bounded", [](Problem& p) { scale(p.k_idx, 0x1p-39); scale(p.q_idx, 0x1p36); }},
+    {"tiny",
+     [](Problem& p) {
+       scale(p.k_idx, 0x1p-80);
+       scale(p.q_idx, 0x1p-30);
+     }},
+    {"at the edges of what is bounded",
+     [](Problem& p) {
+       scale(p.k_idx, 0x1p-39);
+       scale(p.q_idx, 0x1p36);
+     }},
     {"huge, within float", [](Problem& p) { scale(p.k_idx, 0x1p60); }},
     {"blocks of all magnitudes",
-     [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return std::ldexp(x, static_cast<int>(t / 64 * 9 % 100) - 60); }); }},
-    {"NaN keys", [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return t % 97 == 0 || t / 64 == 3 ? kNaN : x; }); }},
-    {"nearly all keys NaN", [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return t / 64 != 4 ? kNaN : x; }); }},
+     [](Problem& p) {
+       for_each_key(p, [](auto t, auto, double x) { return std::ldexp(x, static_cast<int>(t / 64 * 9 % 100) - 60); });
+     }},
+    {"NaN keys",
+     [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return t % 97 == 0 || t / 64 == 3 ? kNaN : x; }); }},
+    {"nearly all keys NaN",
+     [](Problem& p) { for_each_key(p, [](auto t, auto, double x) { return t / 64 != 4 ? kNaN : x; }); }},
     {"infinite keys",
-     [](Problem& p) { for_each_key(p, [](auto t, auto d, double x) { return t % 300 == 9 && d == 1 ? (t % 2 == 0 ? kInfinity : -kInfinity) : x; }); }},
+     [](Problem& p) {
+       for_each_key(p, [](auto t, auto d, double x) {
+         return t % 300 == 9 && d == 1 ? (t % 2 == 0 ? kInfinity : -kInfinity) : x;
+       });
+     }},
     {"NaN and infinite queries",
      [](Problem& p) {
        for (std::int64_t t = 0; t < p.q_idx.size(0); t += 3) p.q_idx.set(t % 2 == 0 ? kNaN : kInfinity, t, t % 3, 7);
@@ -167,7 +186,7 @@ TEST(CudaScreenBound, HoldsAndIsNotIdle) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const std::int64_t block : {64, 128}) {
       for (const std::int64_t dim : {64, 128}) {
-        const Problem problem = aligned(make_case(2, dim, block, 1, {{30, 30 * block}}, dtype));
+        const Problem problem = aligned(make_case(2, dim, block, 2, {{30, 30 * block}}, dtype));
         const SelectBlocksParams params = problem.select_params();
         Screened run(params, plan_with(params, ScreenSwitch::kAlways));
         const auto* maxima = run.part<float>(run.plan.maxima);
@@ -198,6 +217,7 @@ TEST(CudaScreenBound, HoldsAndIsNotIdle) {
         }
         EXPECT_GT(approximate, 500) << "nothing was left out";
         EXPECT_GT(worst, 0.05) << "the bound says nothing";
+        EXPECT_GT(run.state().doubts, 60u);
         EXPECT_LT(run.state().doubts, 60u * 14) << "normal keys leave few blocks in doubt";
       }
     }
@@ -205,7 +225,7 @@ TEST(CudaScreenBound, HoldsAndIsNotIdle) {
 }
 
 TEST(CudaScreenDecision, GivesUpWhereScreeningDoesNotHelp) {
-  Problem problem = aligned(make_case(2, 64, 64, 1, {{96, 40 * 64}}, DType::kBFloat16));
+  Problem problem = aligned(make_case(2, 64, 64, 2, {{96, 40 * 64}}, DType::kBFloat16));
   for (const bool helps : {true, false}) {
     if (!helps) for_each_key(problem, [](auto, auto d, double x) { return 100 * (d % 3) + 0.01 * x; });
     const SelectBlocksParams params = problem.select_params();

@@ -93,6 +93,56 @@ def test_select_blocks_on_random_scores(name, dtype):
             assert math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4), (head, row)
 
 
+SCREENED = {  # rows enough for the kernels that screen: 256 a sequence
+    "paper": Shape(((300, 5000), (260, 2600)), 4, 16, 128, 128, 128, 128, 4),
+    "small": Shape(((600, 4000),), 3, 3, 64, 64, 64, 64, 16, init_blocks=1),
+    "wide_topk": Shape(((130, 9000),), 2, 4, 128, 128, 128, 64, 64, local_blocks=2),
+}
+
+
+def spoil_nothing(inputs):
+    pass
+
+
+def spoil_channel(inputs):
+    inputs.k_idx[:, 5] *= 3000
+
+
+def spoil_bias(inputs):
+    inputs.k_idx += 100
+
+
+def spoil_ties(inputs):
+    inputs.k_idx.copy_(inputs.k_idx.sign())
+    inputs.q_idx.copy_(inputs.q_idx.sign())
+
+
+def spoil_range(inputs):
+    inputs.k_idx[::3] *= 2.0**-50
+    inputs.k_idx[1::97] *= 2.0**12
+
+
+def spoil_values(inputs):
+    inputs.k_idx[::101] = math.nan
+    inputs.k_idx[7::300, 3] = math.inf
+    inputs.k_idx[1000:1300] = 0
+    inputs.q_idx[::17, :, 9] = -math.inf
+    inputs.q_idx[5::40] = 0
+
+
+@reduced
+@pytest.mark.parametrize("spoil", (spoil_nothing, spoil_channel, spoil_bias, spoil_ties, spoil_range, spoil_values))
+@pytest.mark.parametrize("name", SCREENED)
+@narrow
+def test_screening_changes_no_bit(name, dtype, spoil, monkeypatch):
+    inputs = make_inputs(SCREENED[name], dtype)
+    spoil(inputs)
+    monkeypatch.setenv("MSA_SCREEN", "0")
+    plain = select(inputs)
+    monkeypatch.setenv("MSA_SCREEN", "1")
+    assert torch.equal(select(inputs), plain)
+
+
 @reduced
 @pytest.mark.parametrize("rows,blocks,topk", [(0, 5, 2), (3, 0, 2), (4, 3, 8), (40, 33, 16), (17, 700, 64), (5, 4099, 32)])
 def test_topk_blocks(rows, blocks, topk):
