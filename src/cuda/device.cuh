@@ -115,26 +115,45 @@ __device__ __forceinline__ std::uint32_t pack_two(float low, float high) {
 #endif
 }
 
-/// Four float8 numbers of a word, as T: every one of them is a number of both 16-bit types.
+/// Each of two neighbours times `factor`, by its bits.
 template <class T>
-__device__ __forceinline__ uint2 widen_four(std::uint32_t word) {
+__device__ __forceinline__ std::uint32_t multiply_two(std::uint32_t two, std::uint16_t factor) {
 #if !defined(MSA_CUDA_EMULATION)
-  std::uint32_t halves[2];  // two at a time, in float16
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (16 * i)), __NV_E4M3);
-    halves[i] = static_cast<std::uint32_t>(two.x) | static_cast<std::uint32_t>(two.y) << 16;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      const float2 wide = __half22float2(__half2(two));
-      halves[i] = pack_two<T>(wide.x, wide.y);
+  using Pair = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2>;
+  const std::uint32_t factors = factor * 0x10001u;
+  Pair left, right;
+  memcpy(&left, &two, 4);
+  memcpy(&right, &factors, 4);
+  left = __hmul2(left, right);
+  memcpy(&two, &left, 4);
+  return two;
+#else
+  const float by = to_float(T{factor});
+  return pack_two<T>(to_float(T{static_cast<std::uint16_t>(two & 0xffffu)}) * by,
+                     to_float(T{static_cast<std::uint16_t>(two >> 16)}) * by);
+#endif
+}
+
+/// Four neighbours of float8, as T: exact, NaN stays NaN.
+template <class T>
+__device__ __forceinline__ uint2 widen_four(std::uint32_t four) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
+  // Sign and magnitude where a 16-bit float has them: bfloat16 with four bits of its exponent, float16 with all of its
+  // own five but the highest. That is the number, subnormal or not, times a power of two, which a product takes out.
+  constexpr bool kWide = std::is_same_v<T, BFloat16>;
+  constexpr int kShift = kWide ? 4 : 1;
+  constexpr std::uint32_t kMagnitude = (0x7f00u >> kShift) * 0x10001u;
+  const std::uint32_t low = (four & 0xffu) << 8 | (four & 0xff00u) << 16;
+  const std::uint32_t high = (four & 0xff0000u) >> 8 | (four & 0xff000000u);
+  uint2 wide;
+  wide.x = multiply_two<T>((low & 0x80008000u) | (low >> kShift & kMagnitude), kWide ? 0x7b80u : 0x5c00u);
+  wide.y = multiply_two<T>((high & 0x80008000u) | (high >> kShift & kMagnitude), kWide ? 0x7b80u : 0x5c00u);
+  if ((((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {  // NaN, all ones, is rare
+    for (int i = 0; i < 4; ++i) {
+      if ((four >> 8 * i & 0x7fu) == 0x7fu) (i < 2 ? wide.x : wide.y) |= 0x7fffu << 16 * (i % 2);
     }
   }
-  return make_uint2(halves[0], halves[1]);
-#else
-  float wide[4];
-  for (int i = 0; i < 4; ++i) wide[i] = to_float(Float8E4M3{static_cast<std::uint8_t>(word >> (8 * i))});
-  return make_uint2(pack_two<T>(wide[0], wide[1]), pack_two<T>(wide[2], wide[3]));
-#endif
+  return wide;
 }
 
 // Small helpers

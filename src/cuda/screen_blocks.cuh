@@ -568,7 +568,7 @@ __global__ void __launch_bounds__(128, RescoreKernel<kDim>::kPerProcessor)
 
       if (thread == 0) {
         ptx::arrive_expect_bytes(arrived, Shape::kKeyBytes);
-        load_key_tile<kDim>(key_tile, keys, args, sequence, tile, arrived);
+        load_key_tile<Element, kDim>(key_tile, keys, args, sequence, tile, arrived);
       }
       for (std::int32_t first = 0; first < rows; first += 64) {
         if (first > 0) __syncthreads();  // the last 64 are multiplied

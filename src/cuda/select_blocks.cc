@@ -11,9 +11,9 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 std::int64_t round_up_to(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
 bool is_aligned(const ConstTensorView& view) {
-  constexpr std::int64_t kElements = 8;  // 16 bytes
+  const std::int64_t elements = view.dtype == DType::kFloat8E4M3 ? 16 : 8;  // of 16 bytes
   bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
-  for (int d = 0; d + 1 < view.rank; ++d) aligned = aligned && (view.size(d) <= 1 || view.stride(d) % kElements == 0);
+  for (int d = 0; d + 1 < view.rank; ++d) aligned = aligned && (view.size(d) <= 1 || view.stride(d) % elements == 0);
   return aligned;
 }
 
@@ -30,13 +30,17 @@ SelectShape shape_of(const SelectBlocksParams& params) {
   shape.topk = params.topk;
   shape.local_blocks = params.local_blocks;
   shape.is_paged = params.batch.is_paged;
+  if (params.k_idx.dtype == DType::kFloat8E4M3) {
+    shape.narrow_keys = shape.is_paged ? params.k_idx.size(0) * params.k_idx.size(1) : params.k_idx.size(0);
+  }
   return shape;
 }
 
 bool takes_select(const SelectBlocksParams& params) {
   const DType dtype = params.q_idx.dtype;
   const std::int64_t index_dim = params.q_idx.size(2);
-  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && params.k_idx.dtype == dtype &&
+  return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) &&
+         (params.k_idx.dtype == dtype || params.k_idx.dtype == DType::kFloat8E4M3) &&
          (index_dim == 64 || index_dim == 128) && (params.block_size == 64 || params.block_size == 128) &&
          is_aligned(params.q_idx) && is_aligned(params.k_idx);
 }
@@ -50,7 +54,10 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::
     // A tile of many rows is worth it when it is full; of tiles of few rows, two read the same keys then.
     plan.schedule = rows / sequences >= kSelectManyRows ? SelectSchedule::kManyRows : SelectSchedule::kFewRows;
   }
+  const std::int64_t wide_bytes = shape.narrow_keys * shape.index_dim * 2;
+  if (wide_bytes > kSelectMostWideBytes) plan.schedule = SelectSchedule::kFewRows;
   const bool many = plan.schedule == SelectSchedule::kManyRows;
+  plan.widens = many && wide_bytes > 0;
   plan.tile_rows = many ? kSelectManyRows : kSelectFewRows;
   plan.most_key_tiles = divide_up(shape.max_keys, kSelectTileKeys);
   if (many) {
@@ -79,6 +86,7 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::
   plan.tiles = layout.place(plan.most_tiles * 16);
   plan.items = layout.place(plan.most_items * 8);
   plan.maxima = layout.place(chunk_rows * row_bytes);
+  if (plan.widens) plan.wide_keys = layout.place(wide_bytes);
   plan.screen = plan_screening(shape, many, plan.chunk_queries, plan.most_key_tiles, screening, layout);
   plan.bytes = layout.bytes();
   return plan;

@@ -2,33 +2,36 @@
 // Launch of select_blocks. See select_blocks.cuh.
 #include "src/cuda/select_blocks.cuh"
 
+#include "src/cuda/narrow_keys.cuh"
 #include "src/cuda/screen_blocks.cuh"
 
 namespace msa::cuda {
 namespace {
 
-/// Index keys as [pages, page, index_dim], packed ones as one page; a copy takes half a row of 128 elements of 64 or
-/// 128 tokens.
+/// Index keys as [pages, page, index_dim], packed ones as one page; a copy takes 128 bytes a row of 64 or 128 tokens,
+/// or what a row has. float8 is not swizzled: threads read it, not matrix products.
 TensorMap map_keys(const SelectBlocksParams& params) {
   const ConstTensorView& k = params.k_idx;
   const int token_dim = k.rank - 2;
   const bool is_paged = params.batch.is_paged;
+  const bool is_narrow = k.dtype == DType::kFloat8E4M3;
   TensorMapSpec spec;
   spec.data = k.data;
-  spec.element_bytes = 2;
+  spec.element_bytes = is_narrow ? 1 : 2;
+  const auto bytes = static_cast<std::uint64_t>(spec.element_bytes);
   spec.rank = 3;
   spec.extents[0] = static_cast<std::uint64_t>(k.size(token_dim + 1));
   spec.extents[1] = static_cast<std::uint64_t>(k.size(token_dim));
   spec.extents[2] = is_paged ? static_cast<std::uint64_t>(k.size(0)) : 1;
   // A dimension of one has no stride of its own; the driver wants one all the same.
-  const auto row_bytes = static_cast<std::uint64_t>(k.size(token_dim + 1)) * 2;
-  spec.strides[1] = k.size(token_dim) > 1 ? static_cast<std::uint64_t>(k.stride(token_dim)) * 2 : row_bytes;
+  const auto row_bytes = static_cast<std::uint64_t>(k.size(token_dim + 1)) * bytes;
+  spec.strides[1] = k.size(token_dim) > 1 ? static_cast<std::uint64_t>(k.stride(token_dim)) * bytes : row_bytes;
   spec.strides[2] =
-      is_paged && k.size(0) > 1 ? static_cast<std::uint64_t>(k.stride(0)) * 2 : spec.strides[1] * spec.extents[1];
-  spec.box[0] = 64;
+      is_paged && k.size(0) > 1 ? static_cast<std::uint64_t>(k.stride(0)) * bytes : spec.strides[1] * spec.extents[1];
+  spec.box[0] = static_cast<std::uint32_t>(min_of<std::uint64_t>(128, row_bytes) / bytes);
   spec.box[1] = is_paged && k.size(1) % kSelectTileKeys != 0 ? 64 : static_cast<std::uint32_t>(kSelectTileKeys);
   spec.box[2] = 1;
-  spec.swizzle = Swizzle::k128;
+  spec.swizzle = is_narrow ? Swizzle::kNone : Swizzle::k128;
   return make_tensor_map(spec);
 }
 
@@ -46,6 +49,10 @@ void launch_schedule(const SelectPlan& plan, const SelectArgs& args, const Selec
   const Strided<const Element> q_idx = strided<Element>(params.q_idx);
   if (plan.schedule == SelectSchedule::kManyRows) {
     launch_scores<Element, kDim, kBlock, 2, 2>(args, q_idx, keys, grid, stream);
+  } else if (params.k_idx.dtype == DType::kFloat8E4M3) {
+    using Shape = NarrowScoreKernel<Element, kDim, kBlock>;
+    launch_dependent(dim3(grid), dim3(Shape::kThreads), Shape::kSharedBytes, stream,
+                     score_narrow_keys_kernel<Element, kDim, kBlock>, args, q_idx, keys);
   } else {
     launch_scores<Element, kDim, kBlock, 1, 1>(args, q_idx, keys, grid, stream);
   }
@@ -59,6 +66,33 @@ void launch_geometry(const SelectPlan& plan, const SelectArgs& args, const Selec
           ? (params.block_size == 128 ? launch_schedule<Element, 128, 128> : launch_schedule<Element, 128, 64>)
           : (params.block_size == 128 ? launch_schedule<Element, 64, 128> : launch_schedule<Element, 64, 64>);
   run(plan, args, params, keys, grid, stream);
+}
+
+/// The call with its float8 keys widened, in `wide`.
+template <class Element>
+SelectBlocksParams widen(const SelectBlocksParams& params, std::byte* wide, std::int64_t multiprocessors,
+                         void* stream) {
+  const ConstTensorView& k = params.k_idx;
+  const bool is_paged = params.batch.is_paged;
+  const std::int64_t pages = is_paged ? k.size(0) : 1;
+  const std::int64_t page = k.size(k.rank - 2);
+  Strided<const Float8E4M3> from;
+  from.data = reinterpret_cast<const Float8E4M3*>(k.data);
+  from.strides[0] = is_paged ? k.stride(0) : 0;
+  from.strides[1] = k.stride(k.rank - 2);
+  from.strides[2] = 1;
+  const auto kernel = k.size(k.rank - 1) == 128 ? widen_keys_kernel<Element, 128> : widen_keys_kernel<Element, 64>;
+  launch(dim3(static_cast<unsigned>(8 * multiprocessors)), dim3(kWidenThreads), 0, stream, kernel, from, pages, page,
+         reinterpret_cast<Element*>(wide));
+  SelectBlocksParams result = params;
+  result.k_idx.data = wide;
+  result.k_idx.dtype = params.q_idx.dtype;
+  std::int64_t stride = 1;
+  for (int d = k.rank - 1; d >= 0; --d) {
+    result.k_idx.strides[static_cast<std::size_t>(d)] = stride;
+    stride *= k.size(d);
+  }
+  return result;
 }
 
 ScreenArgs screen_args(const SelectPlan& plan, const SelectBlocksParams& params, std::byte* base) {
@@ -80,10 +114,16 @@ ScreenArgs screen_args(const SelectPlan& plan, const SelectBlocksParams& params,
 
 }  // namespace
 
-void launch_select(const SelectPlan& plan, const SelectBlocksParams& params, const TensorView& blocks, void* workspace,
+void launch_select(const SelectPlan& plan, const SelectBlocksParams& given, const TensorView& blocks, void* workspace,
                    std::int64_t multiprocessors, void* stream) {
   if (plan.chunk_queries == 0) return;
   auto* const base = static_cast<std::byte*>(workspace);
+  SelectBlocksParams params = given;
+  if (plan.widens) {
+    params = given.q_idx.dtype == DType::kBFloat16
+                 ? widen<BFloat16>(given, base + plan.wide_keys, multiprocessors, stream)
+                 : widen<Float16>(given, base + plan.wide_keys, multiprocessors, stream);
+  }
   SelectArgs args;
   args.batch = view_of(params.batch);
   args.groups = static_cast<std::int32_t>(params.q_idx.size(1));

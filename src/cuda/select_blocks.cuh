@@ -234,12 +234,14 @@ __device__ __forceinline__ void init_ring(std::uint64_t* full, std::uint64_t* em
   ptx::fence_barrier_init();
 }
 
-/// Asks for key tile `tile` of sequence s: kTileKeys rows of kDim elements in halves of 128 bytes. Its bytes count at
-/// `full`, which expects them.
-template <int kDim>
+/// Asks for key tile `tile` of sequence s: kTileKeys rows of kDim elements of Key, in parts of up to 128 bytes a row.
+/// Its bytes count at `full`, which expects them.
+template <class Key, int kDim>
 __device__ __forceinline__ void load_key_tile(std::byte* to, const TensorMap& keys, const SelectArgs& args,
                                               std::int32_t s, std::int32_t tile, std::uint64_t* full) {
   constexpr int kTileKeys = static_cast<int>(kSelectTileKeys);
+  constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Key));
+  constexpr int kPartBytes = min_of(kRowBytes, 128);
   // Page sizes are multiples of the block size, so that of 64 keys lies in one page.
   const int box_keys = args.page % kTileKeys != 0 ? 64 : kTileKeys;
   for (int first = 0; first < kTileKeys; first += box_keys) {
@@ -257,9 +259,27 @@ __device__ __forceinline__ void load_key_tile(std::byte* to, const TensorMap& ke
         if (id >= 0 && id < args.pages) page = id;
       }
     }
-    for (int half = 0; half < kDim / 64; ++half) {
-      ptx::tensor_load(to + static_cast<std::uint32_t>(half) * kTileKeys * 128 + first * 128, keys, full, half * 64,
-                       row, page);
+    for (int part = 0; part < kRowBytes / kPartBytes; ++part) {
+      ptx::tensor_load(to + (part * kTileKeys + first) * kPartBytes, keys, full,
+                       part * kPartBytes / static_cast<int>(sizeof(Key)), row, page);
+    }
+  }
+}
+
+/// The producer of a ring of key tiles: one thread keeps it full, across items.
+template <class Key, int kDim, int kStages>
+__device__ __forceinline__ void produce_key_tiles(const SelectArgs& args, const TensorMap& keys, std::byte* stages,
+                                                  std::uint64_t* full, std::uint64_t* empty, RingPlace<kStages> ring,
+                                                  std::int32_t items) {
+  constexpr auto kStageBytes = static_cast<std::uint32_t>(kSelectTileKeys * kDim * sizeof(Key));
+  const auto step = static_cast<std::int32_t>(gridDim.x);
+  for (auto i = static_cast<std::int32_t>(blockIdx.x); i < items; i += step) {
+    const SelectWork work = read_item(args, i);
+    for (std::int32_t t = work.begin; t < work.end; ++t, ring.next()) {
+      ptx::wait(empty + ring.stage, ring.parity ^ 1u);
+      ptx::arrive_expect_bytes(full + ring.stage, kStageBytes);
+      load_key_tile<Key, kDim>(stages + static_cast<std::uint32_t>(ring.stage) * kStageBytes, keys, args,
+                               work.tile.sequence, t, full + ring.stage);
     }
   }
 }
@@ -294,6 +314,51 @@ __device__ __forceinline__ void load_slabs(std::byte* to, int thread, const RowA
     }
   }
 }
+
+/// For load_slabs: rows of a tile from its row `first` on.
+template <class Element>
+__device__ __forceinline__ auto query_rows(const SelectArgs& args, const Strided<const Element>& q_idx,
+                                           const SelectTile& tile, std::int32_t first) {
+  return [&args, &q_idx, &tile, first](int row) -> const std::byte* {
+    if (first + row >= tile.rows) return nullptr;
+    const std::int32_t r = tile.first_row + first + row;
+    return reinterpret_cast<const std::byte*>(q_idx.at(args.first_query + r / args.groups, r % args.groups));
+  };
+}
+
+/// Without forced local blocks a row chooses among blocks it sees only a part of: what it does not see becomes NaN,
+/// which a maximum passes over. `row`: of the thread in the first of kSlabs slabs; the other is 8 further on.
+template <int kSlabs>
+struct Diagonal {
+  bool is_there;
+  std::int32_t first_position = 0x7fffffff;
+  std::int32_t positions[kSlabs][2];
+
+  __device__ __forceinline__ Diagonal(const SelectArgs& args, const SelectTile& tile, std::int32_t row)
+      : is_there(args.local_blocks == 0) {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        positions[slab][h] = 0x7fffffff;
+        const std::int32_t own = row + slab * 64 + 8 * h;
+        if (is_there && own < tile.rows) {
+          positions[slab][h] = args.batch.place(args.first_query + (tile.first_row + own) / args.groups).position;
+          first_position = min_of(first_position, positions[slab][h]);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void hide(float (&scores)[64], int slab, std::int32_t tile, int lane) const {
+    constexpr auto kTileKeys = static_cast<std::int32_t>(kSelectTileKeys);
+    if (!is_there || (tile + 1) * kTileKeys - 1 <= first_position) return;
+#pragma unroll
+    for (int e = 0; e < 64; ++e) {
+      const std::int32_t key = tile * kTileKeys + e / 4 * 8 + lane % 4 * 2 + e % 2;
+      scores[e] = key <= positions[slab][e / 2 % 2] ? scores[e] : quiet_nan();
+    }
+  }
+};
 
 /// scores = the chain of products of a slab of 64 rows with a tile of 128 keys. Its order is the rounding of every
 /// score, so this is the one place that makes scores.
@@ -385,18 +450,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
   RingPlace<Shape::kStages> ring;
 
   if (thread >= kWarpgroups * 128) {
-    // The producer: one thread keeps the ring of key tiles full, across items.
-    if (lane != 0) return;
-    for (auto i = static_cast<std::int32_t>(blockIdx.x); i < items; i += step) {
-      const SelectWork work = read_item(args, i);
-      for (std::int32_t t = work.begin; t < work.end; ++t) {
-        ptx::wait(empty + ring.stage, ring.parity ^ 1u);
-        ptx::arrive_expect_bytes(full + ring.stage, Shape::kStageBytes);
-        load_key_tile<kDim>(stages + static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes, keys, args,
-                            work.tile.sequence, t, full + ring.stage);
-        ring.next();
-      }
-    }
+    if (lane == 0) produce_key_tiles<Element, kDim>(args, keys, stages, full, empty, ring, items);
     return;
   }
 
@@ -414,30 +468,10 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
     const std::int32_t first_row = warpgroup * kSlabs * 64;  // of the warpgroup, in the tile
 
     ptx::named_sync(barrier, 128);  // all products of the last item are done
-    load_slabs<kSlabs * 64, kDim * 2>(own_queries, thread % 128, [&](int row) -> const std::byte* {
-      if (first_row + row >= tile.rows) return nullptr;
-      const std::int32_t r = tile.first_row + first_row + row;
-      return reinterpret_cast<const std::byte*>(q_idx.at(args.first_query + r / args.groups, r % args.groups));
-    });
+    load_slabs<kSlabs * 64, kDim * 2>(own_queries, thread % 128, query_rows(args, q_idx, tile, first_row));
     ptx::fence_proxy_async();
     ptx::named_sync(barrier, 128);
-
-    // Without forced local blocks a row chooses among blocks it sees only a part of.
-    const bool has_diagonal = args.local_blocks == 0;
-    std::int32_t first_position = 0x7fffffff;
-    std::int32_t positions[kSlabs][2];
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        positions[slab][h] = 0x7fffffff;
-        const std::int32_t row = first_row + slab * 64 + row_of_thread + 8 * h;
-        if (has_diagonal && row < tile.rows) {
-          positions[slab][h] = args.batch.place(args.first_query + (tile.first_row + row) / args.groups).position;
-          first_position = min_of(first_position, positions[slab][h]);
-        }
-      }
-    }
+    const Diagonal<kSlabs> diagonal(args, tile, first_row + row_of_thread);
 
     HeldMaxima held[kSlabs];
     for (std::int32_t t = work.begin; t < work.end; ++t) {
@@ -459,13 +493,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + kWarpSize, 1)
         if constexpr (slab == kSlabs - 1) {
           if (lane == 0) ptx::arrive(empty + ring.stage);
         }
-        if (has_diagonal && (t + 1) * Shape::kTileKeys - 1 > first_position) {
-#pragma unroll
-          for (int e = 0; e < 64; ++e) {
-            const std::int32_t key = t * Shape::kTileKeys + e / 4 * 8 + lane % 4 * 2 + e % 2;
-            scores[slab][e] = key <= positions[slab][e / 2 % 2] ? scores[slab][e] : quiet_nan();
-          }
-        }
+        diagonal.hide(scores[slab], slab, t, lane);
         const std::int32_t row = first_row + slab * 64 + row_of_thread;
         const bool is_last = t + 1 == work.end;
         const std::int32_t block = t * Shape::kTileBlocks;

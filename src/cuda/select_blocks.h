@@ -26,6 +26,8 @@ inline constexpr std::int64_t kSelectFewSpan = 8;
 inline constexpr std::int64_t kSelectSpanMultiple = 4;  ///< maxima are written four blocks at a time
 /// Bytes of block maxima that one chunk of queries may leave in the workspace, as long as it has a tile of rows.
 inline constexpr std::int64_t kSelectMaximaBytes = std::int64_t{256} << 20;
+/// Bytes of 16-bit copies of float8 keys beyond which there are none: such keys are read by tiles of few rows.
+inline constexpr std::int64_t kSelectMostWideBytes = std::int64_t{2} << 30;
 /// Multiprocessors that a plan counts on; any number gives the same results.
 inline constexpr std::int64_t kSelectProcessors = 132;
 
@@ -45,6 +47,7 @@ struct SelectShape {
   std::int64_t topk = 16;
   std::int64_t local_blocks = 1;
   bool is_paged = false;
+  std::int64_t narrow_keys = 0;  ///< rows of k_idx when it is float8, which 16-bit copies would have
 };
 
 /// Hands out parts of a workspace, 256-byte aligned, one behind the other.
@@ -62,7 +65,7 @@ class WorkspaceLayout {
 };
 
 /// The workspace, in this order, every part 256-byte aligned: counts, first tile of each sequence, tiles, items,
-/// maxima, and what screening needs.
+/// maxima, 16-bit copies of float8 keys, and what screening needs.
 struct SelectPlan {
   SelectSchedule schedule = SelectSchedule::kFewRows;
   std::int64_t tile_rows = kSelectFewRows;
@@ -77,6 +80,8 @@ struct SelectPlan {
   std::size_t tiles = 0;           ///< SelectTile [most_tiles]
   std::size_t items = 0;           ///< SelectItem [most_items]
   std::size_t maxima = 0;          ///< float [chunk_queries * groups, maxima_stride]
+  bool widens = false;             ///< float8 keys are copied to 16 bits before they are scored
+  std::size_t wide_keys = 0;       ///< [rows of k_idx, index_dim] in the type of the queries
   ScreenPlan screen;
   std::size_t bytes = 0;
 
@@ -93,8 +98,8 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule = Selec
                        core::ScreenSwitch screening = core::ScreenSwitch::kAuto);
 SelectShape shape_of(const SelectBlocksParams& params);
 
-/// Whether the kernels take these tensors: bfloat16 or float16, index_dim 64 or 128, block_size 64 or 128, data and
-/// strides of q_idx and k_idx multiples of 16 bytes.
+/// Whether the kernels take these tensors: queries of bfloat16 or float16, keys of the same or of float8, index_dim 64
+/// or 128, block_size 64 or 128, data and strides of q_idx and k_idx multiples of 16 bytes.
 bool takes_select(const SelectBlocksParams& params);
 
 /// Enqueues the whole selection on `stream` (a cudaStream_t): plan.bytes of `workspace`, 256-byte aligned. Needs

@@ -17,6 +17,28 @@ __global__ void write_ids(int* ids) {
   ids[block * blockDim.x * blockDim.y * blockDim.z + thread] += static_cast<int>(block * 1000 + thread);
 }
 
+template <class T>
+void expect_exact_widening() {
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    const std::uint32_t four = bits | (255 - bits) << 8 | (bits ^ 0x55u) << 16 | (bits ^ 0x80u) << 24;
+    const uint2 wide = widen_four<T>(four);
+    for (int i = 0; i < 4; ++i) {
+      const T got{static_cast<std::uint16_t>((i < 2 ? wide.x : wide.y) >> 16 * (i % 2))};
+      const float want = to_float(Float8E4M3{static_cast<std::uint8_t>(four >> 8 * i)});
+      if (want != want) {
+        EXPECT_NE(to_float(got), to_float(got)) << bits;
+      } else {
+        EXPECT_EQ(__float_as_uint(to_float(got)), __float_as_uint(want)) << bits;
+      }
+    }
+  }
+}
+
+TEST(Float8, WidensExactlyTo16Bits) {
+  expect_exact_widening<BFloat16>();
+  expect_exact_widening<Float16>();
+}
+
 TEST(Emulator, EveryThreadOfEveryBlockRunsOnceInAnyOrder) {
   for (const auto order :
        {emulator::BlockOrder::kAscending, emulator::BlockOrder::kDescending, emulator::BlockOrder::kShuffled}) {

@@ -75,6 +75,30 @@ TEST_P(CudaSelect, IsRightWithinRoundingAndTheSameOnEverySchedule) {
   }
 }
 
+TEST_P(CudaSelect, Float8KeysSelectAsTheSameNumbersIn16Bits) {
+  Problem problem = aligned(c());
+  const Tensor narrow = copy_of(problem.k_idx.as(DType::kFloat8E4M3).view(), Layout::kContiguous);
+  problem.k_idx = copy_of(narrow.as(c().index_dtype).view(), Layout::kContiguous);
+  const AlignedPages paged(problem, 2 * problem.geometry.block_size);
+  const Tensor narrow_pages = copy_of(paged.keys.as(DType::kFloat8E4M3).view(), Layout::kContiguous);
+  std::size_t turn = GetParam();
+  for (const int local : {1, 0}) {
+    problem.local_blocks = local;
+    for (const SelectSchedule schedule : kSchedules) {
+      SCOPED_TRACE("schedule " + std::to_string(static_cast<int>(schedule)));
+      const emulator::WithOptions with(kOptions[turn++ % 3]);
+      SelectBlocksParams params = problem.select_params();
+      const Tensor expected = run_cuda(params, schedule);
+      params.k_idx = narrow.view();
+      expect_same_bytes("packed", run_cuda(params, schedule), expected);
+      params = paged.select_params();
+      params.local_blocks = local;
+      params.k_idx = narrow_pages.view();
+      expect_same_bytes("paged", run_cuda(params, schedule), expected);
+    }
+  }
+}
+
 TEST(CudaSelectRules, ChunksOfQueriesDoNotShow) {
   const Problem problem = aligned(make_case(3, 64, 64, 3, {{100, 500}, {1, 300}, {40, 700}}, DType::kBFloat16));
   const SelectBlocksParams params = problem.select_params();
@@ -204,7 +228,12 @@ TEST(CudaSelectRules, TakesWhatTheKernelsCanRead) {
     EXPECT_FALSE(takes_select(changed));
   };
   refuses([](auto& p) { p.q_idx.dtype = DType::kFloat32; });
-  refuses([](auto& p) { p.k_idx.dtype = DType::kFloat8E4M3; });
+  refuses([](auto& p) { p.k_idx.dtype = DType::kFloat16; });
+  SelectBlocksParams narrow = params;
+  narrow.k_idx.dtype = DType::kFloat8E4M3;
+  EXPECT_TRUE(takes_select(narrow));
+  narrow.k_idx.strides[0] += 8;
+  EXPECT_FALSE(takes_select(narrow)) << "rows of float8 that are not 16-byte aligned";
   refuses([](auto& p) { p.q_idx.shape[2] = 96; });
   refuses([](auto& p) { p.block_size = 32; });
   refuses([](auto& p) { p.block_size = 256; });
@@ -229,7 +258,8 @@ TEST(CudaSelectPlan, MemoryIsBoundedHoweverLongTheContext) {
   for (const std::int64_t keys : {0, 1, 127, 128, 129, 1 << 15, 1 << 20, 1 << 24}) {
     for (const std::int64_t queries : {0, 1, 5, 300, 1 << 15, 1 << 20}) {
       for (const std::int64_t sequences : {1, 7, 600}) {
-        const SelectPlan plan = plan_select(shape_with(queries, sequences, keys));
+        const SelectPlan plan =
+            plan_select(shape_with(queries, sequences, keys), SelectSchedule::kAuto, core::ScreenSwitch::kNever);
         SCOPED_TRACE(std::to_string(keys) + " keys, " + std::to_string(queries) + " queries");
         EXPECT_EQ(plan.chunk_queries == 0, queries == 0);
         EXPECT_LE(plan.chunk_queries, queries);
@@ -245,6 +275,17 @@ TEST(CudaSelectPlan, MemoryIsBoundedHoweverLongTheContext) {
       }
     }
   }
+}
+
+TEST(CudaSelectPlan, Float8KeysAreWidenedOnceForManyRows) {
+  SelectShape shape = shape_with(1 << 12, 1, 1 << 20);
+  EXPECT_FALSE(plan_select(shape).widens);
+  shape.narrow_keys = 1 << 20;
+  EXPECT_TRUE(plan_select(shape).widens);
+  EXPECT_FALSE(plan_select(shape, SelectSchedule::kFewRows).widens) << "read once";
+  shape.narrow_keys = std::int64_t{1} << 30;
+  EXPECT_FALSE(plan_select(shape).widens) << "a pool of pages far larger than what a call reads";
+  EXPECT_EQ(plan_select(shape).schedule, SelectSchedule::kFewRows);
 }
 
 TEST(CudaSelectPlan, DecodingSpreadsOneSequenceOverTheProcessors) {

@@ -93,6 +93,20 @@ def test_select_blocks_on_random_scores(name, dtype):
             assert math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4), (head, row)
 
 
+@reduced
+@pytest.mark.parametrize("name", ("paper", "small_heads", "many_blocks"))
+@narrow
+def test_float8_index_keys_select_as_the_same_numbers_in_16_bits(name, dtype):
+    inputs = make_inputs(FAST[name], dtype)
+    patterns = torch.arange(256, dtype=torch.uint8)  # subnormals and both NaN among them
+    inputs.k_idx.view(-1)[: 3 * 256] = patterns.view(torch.float8_e4m3fn).to(dtype).repeat(3)
+    narrow_keys = inputs.k_idx.to(torch.float8_e4m3fn)
+    inputs.k_idx.copy_(narrow_keys.to(dtype))
+    expected = select(inputs)
+    inputs.k_idx = narrow_keys
+    assert torch.equal(select(inputs), expected)
+
+
 SCREENED = {  # rows enough for the kernels that screen: 256 a sequence
     "paper": Shape(((300, 5000), (260, 2600)), 4, 16, 128, 128, 128, 128, 4),
     "small": Shape(((600, 4000),), 3, 3, 64, 64, 64, 64, 16, init_blocks=1),

@@ -17,6 +17,7 @@ CUDA_BIN = [os.path.join(os.environ.get(name, "/usr/local/cuda"), "bin") for nam
 # Kernels whose time is matrix products: what must be found in their machine code. Names as in the source.
 HOT = {
     "score_blocks_kernel": "HGMMA",
+    "score_narrow_keys_kernel": "HGMMA",
     "screen_blocks_kernel": "IGMMA",
     "rescore_blocks_kernel": "HGMMA",
     "attend_blocks": "HGMMA",
