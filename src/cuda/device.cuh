@@ -134,26 +134,54 @@ __device__ __forceinline__ std::uint32_t multiply_two(std::uint32_t two, std::ui
 #endif
 }
 
-/// Four neighbours of float8, as T: exact, NaN stays NaN.
+// float8 to 16 bits, eight neighbours at a time: what a byte holds goes to the upper half of 16 bits and down to where
+// a 16-bit float has sign and magnitude: bfloat16 with four bits of its exponent, float16 with all of its own five but
+// the highest. That is the number, subnormal or not, over a power of two, which a product puts back.
+inline constexpr std::uint32_t kLowBytes = 0x1404u;  // selectors of __byte_perm: the lower two bytes, the upper two
+inline constexpr std::uint32_t kHighBytes = 0x3424u;
+
+/// Eight neighbours of float8, as T: exact. NaN becomes 480, which mend_nan mends. 24 instructions.
 template <class T>
-__device__ __forceinline__ uint2 widen_four(std::uint32_t four) {
+__device__ __forceinline__ uint4 widen_numbers(uint2 eight) {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
-  // Sign and magnitude where a 16-bit float has them: bfloat16 with four bits of its exponent, float16 with all of its
-  // own five but the highest. That is the number, subnormal or not, times a power of two, which a product takes out.
-  constexpr bool kWide = std::is_same_v<T, BFloat16>;
-  constexpr int kShift = kWide ? 4 : 1;
-  constexpr std::uint32_t kMagnitude = (0x7f00u >> kShift) * 0x10001u;
-  const std::uint32_t low = (four & 0xffu) << 8 | (four & 0xff00u) << 16;
-  const std::uint32_t high = (four & 0xff0000u) >> 8 | (four & 0xff000000u);
-  uint2 wide;
-  wide.x = multiply_two<T>((low & 0x80008000u) | (low >> kShift & kMagnitude), kWide ? 0x7b80u : 0x5c00u);
-  wide.y = multiply_two<T>((high & 0x80008000u) | (high >> kShift & kMagnitude), kWide ? 0x7b80u : 0x5c00u);
-  if ((((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {  // NaN, all ones, is rare
-    for (int i = 0; i < 4; ++i) {
-      if ((four >> 8 * i & 0x7fu) == 0x7fu) (i < 2 ? wide.x : wide.y) |= 0x7fffu << 16 * (i % 2);
-    }
+  constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
+  constexpr int kShift = kIsBFloat16 ? 4 : 1;
+  constexpr std::uint32_t kMagnitudes = (0x7f00u >> kShift) * 0x10001u;
+  constexpr std::uint16_t kPower = kIsBFloat16 ? 0x7b80u : 0x5c00u;  // 2^120, 2^8
+  const auto widen = [](std::uint32_t four, std::uint32_t bytes) {
+    const std::uint32_t upper = __byte_perm(four, 0, bytes);
+    return multiply_two<T>((upper & 0x80008000u) | (upper >> kShift & kMagnitudes), kPower);
+  };
+  return {widen(eight.x, kLowBytes), widen(eight.x, kHighBytes), widen(eight.y, kLowBytes), widen(eight.y, kHighBytes)};
+}
+/// Bits in kNanFlags where a number is NaN: a magnitude of all ones, and no other, carries into the sign.
+inline constexpr std::uint32_t kNanFlags = 0x80808080u;
+__device__ __forceinline__ std::uint32_t nan_flags(std::uint32_t four) { return (four & 0x7f7f7f7fu) + 0x01010101u; }
+
+/// `wide` = widen_numbers(eight) with NaN where eight has it.
+__device__ __forceinline__ void mend_nan(uint4& wide, uint2 eight) {
+  const auto nan = [](std::uint32_t four, std::uint32_t bytes) {
+    const std::uint32_t flags = __byte_perm(nan_flags(four), 0, bytes) & 0x80008000u;
+    return flags - (flags >> 15);
+  };
+  wide.x |= nan(eight.x, kLowBytes);
+  wide.y |= nan(eight.x, kHighBytes);
+  wide.z |= nan(eight.y, kLowBytes);
+  wide.w |= nan(eight.y, kHighBytes);
+}
+
+/// kCount times eight neighbours of float8, as T: exact, NaN stays NaN. One branch for all of them.
+template <class T, int kCount>
+__device__ __forceinline__ void widen_eights(uint4 (&wide)[kCount], const uint2 (&eights)[kCount]) {
+  std::uint32_t flags = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    wide[i] = widen_numbers<T>(eights[i]);
+    flags |= nan_flags(eights[i].x) | nan_flags(eights[i].y);
   }
-  return wide;
+  if ((flags & kNanFlags) == 0) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) mend_nan(wide[i], eights[i]);
 }
 
 // Small helpers

@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(kWidenThreads)
   for (std::int64_t i = std::int64_t{blockIdx.x} * kWidenThreads + threadIdx.x; i < chunks;
        i += std::int64_t{gridDim.x} * kWidenThreads) {
     const std::int64_t row = i / kChunks;
-    const uint2 narrow = *reinterpret_cast<const uint2*>(keys.at(row / page, row % page, i % kChunks * 8));
-    const uint2 low = widen_four<Element>(narrow.x);
-    const uint2 high = widen_four<Element>(narrow.y);
-    *reinterpret_cast<uint4*>(wide + i * 8) = {low.x, low.y, high.x, high.y};
+    const uint2 narrow[1] = {*reinterpret_cast<const uint2*>(keys.at(row / page, row % page, i % kChunks * 8))};
+    uint4 eight[1];
+    widen_eights<Element>(eight, narrow);
+    *reinterpret_cast<uint4*>(wide + i * 8) = eight[0];
   }
 }
 
@@ -52,15 +52,25 @@ __device__ __forceinline__ void widen_tile(std::byte* wide, const std::byte* nar
   constexpr int kTileKeys = static_cast<int>(kSelectTileKeys);
   constexpr int kChunks = kDim / 8;
   constexpr int kRowStep = 128 / kChunks;
+  static_assert(kRowStep % 8 == 0, "the swizzle is the same for all rows of a thread");
+  constexpr int kLoads =
+      8;  // under way at a time: reading, widening and writing one takes 100 cycles, 32 of them to issue
   const int chunk = thread % kChunks;
-#pragma unroll 4
-  for (int row = thread / kChunks; row < kTileKeys; row += kRowStep) {
-    const uint2 eight = *reinterpret_cast<const uint2*>(narrow + row * kDim + chunk * 8);
-    const uint2 low = widen_four<Element>(eight.x);
-    const uint2 high = widen_four<Element>(eight.y);
-    const auto offset = static_cast<std::uint32_t>(row * 128 + chunk % 8 * 16);
-    *reinterpret_cast<uint4*>(wide + chunk / 8 * (kTileKeys * 128) + swizzled(offset, Swizzle::k128)) = {
-        low.x, low.y, high.x, high.y};
+  const int first_row = thread / kChunks;
+  const std::byte* const from = narrow + first_row * kDim + chunk * 8;
+  std::byte* const to = wide + chunk / 8 * (kTileKeys * 128) +
+                        swizzled(static_cast<std::uint32_t>(first_row * 128 + chunk % 8 * 16), Swizzle::k128);
+#pragma unroll 1
+  for (int row = 0; row < kTileKeys; row += kLoads * kRowStep) {
+    uint2 eights[kLoads];
+    uint4 widened[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      eights[i] = *reinterpret_cast<const uint2*>(from + (row + i * kRowStep) * kDim);
+    }
+    widen_eights<Element>(widened, eights);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) *reinterpret_cast<uint4*>(to + (row + i * kRowStep) * 128) = widened[i];
   }
 }
 

@@ -21,6 +21,7 @@ void screen_chunk(const SelectArgs& args, const ScreenArgs& screen, const Select
   using Rescore = RescoreKernel<kDim>;
   const Strided<const Element> q_idx = strided<Element>(params.q_idx);
   const auto rows = static_cast<unsigned>(args.queries * args.groups);
+  launch_dependent(dim3(1), dim3(kDecideThreads), 0, stream, decide_screening_kernel<kDecideThreads>, args, screen);
   launch_dependent(dim3(min_of(ceil_div(rows, unsigned{kQuantiseWarps}), 16 * multiprocessors)),
                    dim3(kQuantiseWarps * kWarpSize), 0, stream, quantise_queries_kernel<Element, kDim>, args, screen,
                    q_idx);
@@ -37,6 +38,7 @@ void screen_chunk(const SelectArgs& args, const ScreenArgs& screen, const Select
   launch_dependent(rank_grid, rank_block, 0, stream, find_leaders, args, screen);
   rescore(screen.doubts[0], nullptr);
   launch_dependent(rank_grid, rank_block, 0, stream, find_doubts_kernel, args, screen);
+  launch_dependent(dim3(1), dim3(1), 0, stream, reconsider_screening_kernel, screen);
   rescore(screen.doubts[1], screen.doubts[0]);
 }
 
@@ -64,10 +66,6 @@ void launch_key_copies(const SelectArgs& args, const ScreenArgs& screen, const S
   with_kernel(params, [&]<class Element, int kDim, int kBlock>() {
     copy_keys<Element, kDim, kBlock>(args, screen, params, grid, stream);
   });
-}
-
-void launch_decision(const SelectArgs& args, const ScreenArgs& screen, void* stream) {
-  launch_dependent(dim3(1), dim3(kDecideThreads), 0, stream, decide_screening_kernel<kDecideThreads>, args, screen);
 }
 
 void launch_screening(const SelectArgs& args, const ScreenArgs& screen, const SelectBlocksParams& params,

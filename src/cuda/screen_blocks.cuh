@@ -29,7 +29,8 @@ struct alignas(16) RowBound {
 
 struct ScreenState {
   unsigned long long doubts;  ///< blocks left in doubt by the last chunk that was screened ...
-  unsigned long long rows;    ///< ... and its rows; 0 when none was yet
+  unsigned long long rows;    ///< ... its rows, 0 when none was yet,
+  unsigned long long blocks;  ///< and the blocks that its rows chose among
   std::int32_t use;           ///< 1: this chunk is screened
   std::int32_t screened_items;
   std::int32_t exact_items;
@@ -267,7 +268,18 @@ __global__ void __launch_bounds__(kThreads) decide_screening_kernel(const Select
   if (state.use != 0) {
     state.doubts = 0;
     state.rows = all_rows;
+    state.blocks = all_blocks;
   }
+}
+
+/// One thread, behind find_doubts: a chunk with half of its blocks in doubt is scored as if it had not been screened,
+/// which costs less than gathering.
+[[maybe_unused]] static __global__ void reconsider_screening_kernel(const ScreenArgs screen) {
+  ptx::griddepcontrol_wait();
+  ScreenState& state = *screen.state;
+  if (state.use == 0 || screen.always != 0 || state.doubts * 2 <= state.blocks) return;
+  state.use = 0;
+  state.exact_items = state.screened_items;
 }
 
 // Approximations
@@ -608,9 +620,8 @@ __global__ void __launch_bounds__(128, RescoreKernel<kDim>::kPerProcessor)
 /// Copies the keys of a call: before its first chunk.
 void launch_key_copies(const SelectArgs& args, const ScreenArgs& screen, const SelectBlocksParams& params,
                        std::int64_t multiprocessors, void* stream);
-/// Behind list_items of a chunk: decides. The unscreened scores that follow take state->exact_items of the items.
-void launch_decision(const SelectArgs& args, const ScreenArgs& screen, void* stream);
-/// Maxima of the chunk's blocks that rank as the exact ones do, where the decision was to screen.
+/// Behind list_items of a chunk: decides whether to screen it, and if so leaves maxima that rank as the exact ones do.
+/// The unscreened scores that follow take state->exact_items of the items: all or none.
 void launch_screening(const SelectArgs& args, const ScreenArgs& screen, const SelectBlocksParams& params,
                       const TensorMap& keys, const TopkPlan& ranking, std::int64_t multiprocessors, void* stream);
 

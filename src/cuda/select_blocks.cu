@@ -163,7 +163,7 @@ void launch_select(const SelectPlan& plan, const SelectBlocksParams& given, cons
       args.item_count = listed_items;
       launch(dim3(1), dim3(kListThreads), 0, stream, list_items_kernel<kListThreads>, args);
       if (screens) {
-        launch_decision(args, screen, stream);
+        launch_screening(args, screen, params, keys, ranking, multiprocessors, stream);
         args.item_count = &screen.state->exact_items;
       }
       const auto grid = static_cast<unsigned>(min_of(multiprocessors, plan.most_items));
@@ -172,7 +172,6 @@ void launch_select(const SelectPlan& plan, const SelectBlocksParams& given, cons
       } else {
         launch_geometry<Float16>(plan, args, params, keys, grid, stream);
       }
-      if (screens) launch_screening(args, screen, params, keys, ranking, multiprocessors, stream);
     }
     const auto select = ranking.vectors == kTopkNarrowVectors ? select_rows_kernel<kTopkNarrowVectors>
                                                               : select_rows_kernel<kTopkWideVectors>;

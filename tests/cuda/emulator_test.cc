@@ -3,6 +3,7 @@
 // be undefined there is a Fault here.
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -20,15 +21,21 @@ __global__ void write_ids(int* ids) {
 template <class T>
 void expect_exact_widening() {
   for (unsigned bits = 0; bits < 256; ++bits) {
-    const std::uint32_t four = bits | (255 - bits) << 8 | (bits ^ 0x55u) << 16 | (bits ^ 0x80u) << 24;
-    const uint2 wide = widen_four<T>(four);
-    for (int i = 0; i < 4; ++i) {
-      const T got{static_cast<std::uint16_t>((i < 2 ? wide.x : wide.y) >> 16 * (i % 2))};
-      const float want = to_float(Float8E4M3{static_cast<std::uint8_t>(four >> 8 * i)});
+    const uint2 eights[2] = {
+        {bits | (255 - bits) << 8 | (bits ^ 0x55u) << 16 | (bits ^ 0x80u) << 24, bits * 0x01010101u},
+        {0x38383838u, bits}};
+    uint4 wide[2];
+    widen_eights<T>(wide, eights);
+    std::uint8_t bytes[16];
+    T got[16];
+    std::memcpy(bytes, eights, sizeof(bytes));
+    std::memcpy(got, wide, sizeof(got));
+    for (int i = 0; i < 16; ++i) {
+      const float want = to_float(Float8E4M3{bytes[i]});
       if (want != want) {
-        EXPECT_NE(to_float(got), to_float(got)) << bits;
+        EXPECT_NE(to_float(got[i]), to_float(got[i])) << bits;
       } else {
-        EXPECT_EQ(__float_as_uint(to_float(got)), __float_as_uint(want)) << bits;
+        EXPECT_EQ(__float_as_uint(to_float(got[i])), __float_as_uint(want)) << bits;
       }
     }
   }

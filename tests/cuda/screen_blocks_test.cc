@@ -237,7 +237,18 @@ TEST(CudaScreenDecision, GivesUpWhereScreeningDoesNotHelp) {
     EXPECT_EQ(run.state().rows, 64u) << "of the last chunk that was screened";
     EXPECT_EQ(run.state().screened_items > 0, helps);
     EXPECT_EQ(run.state().exact_items > 0, !helps);
-    expect_same_bytes("blocks", run.blocks, run_planned(plan_with(params, ScreenSwitch::kNever), params, 2));
+    const Tensor expected = run_planned(plan_with(params, ScreenSwitch::kNever), params, 2);
+    expect_same_bytes("blocks", run.blocks, expected);
+
+    // One chunk: what it finds out comes too late for another, not for itself.
+    plan = plan_with(params, ScreenSwitch::kAlways);
+    plan.screen.first_queries = plan.chunk_queries;
+    plan.screen.always = false;
+    Screened whole(params, plan);
+    EXPECT_EQ(whole.state().use, helps ? 1 : 0);
+    EXPECT_EQ(whole.state().rows, 192u) << "it was screened";
+    EXPECT_EQ(whole.state().exact_items > 0, !helps);
+    expect_same_bytes("blocks", whole.blocks, expected);
   }
 }
 
