@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <numeric>
 
 #include "src/core/layout.h"
 #include "src/cpu/attention_amx.h"
@@ -22,6 +23,26 @@ std::vector<QueryChunk> cut_queries(const Batch& batch, std::int64_t chunk) {
     }
   }
   return chunks;
+}
+
+std::vector<ChunkTask> list_tasks(const std::vector<QueryChunk>& chunks, std::int64_t heads, int workers) {
+  const std::int64_t count = static_cast<std::int64_t>(chunks.size()) * heads;
+  const std::int64_t whole = count / workers * workers;
+  const std::int64_t shares = workers / std::gcd<std::int64_t>(workers, count - whole);
+  std::vector<ChunkTask> tasks;
+  for (const QueryChunk& chunk : chunks) {
+    const std::int64_t queries = chunk.end - chunk.begin;
+    for (std::int64_t head = 0; head < heads; ++head) {
+      const bool is_cut = static_cast<std::int64_t>(tasks.size()) >= whole;
+      const std::int64_t pieces = is_cut ? std::clamp<std::int64_t>(queries / kLeastPiece, 1, shares) : 1;
+      for (std::int64_t p = pieces - 1; p >= 0; --p) {
+        const QueryChunk piece = {chunk.sequence, chunk.begin + p * queries / pieces,
+                                  chunk.begin + (p + 1) * queries / pieces};
+        tasks.push_back({piece, head});
+      }
+    }
+  }
+  return tasks;
 }
 
 QueryCounts count_queries(const Batch& batch) {
@@ -88,8 +109,8 @@ ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int
   // beside the arithmetic. In sparse attention a block is visited by few queries of the
   // chunk, and loading it costs as much as about 8 rows' arithmetic: larger chunks let more rows share a block, and
   // their rows are read once a visit only, 4 bytes for every 2 * block_size operations: L3 or memory keep up. With bf16
-  // dots the arithmetic is 2 to 16 times as fast and the loading is not, hence chunks twice as large and fewer tasks a
-  // thread.
+  // dots the arithmetic is 2 to 16 times as fast and the loading is not, hence chunks twice as large, and no more tasks
+  // than it takes to give every thread one: list_tasks sees to it that they end together.
   const bool is_dense = shape.topk == 0;
   const std::int64_t state = std::int64_t{1} << (is_dense              ? (shape.has_tiles ? 18 : 17)
                                                  : shape.has_bf16_dots ? 21
@@ -99,7 +120,7 @@ ChunkPlan plan_attention(const std::string& op, const AttentionShape& shape, int
   return plan_chunks(
       op, shape.queries, shape.kv_heads, chunk, least, threads, workspace_limit,
       [&](std::int64_t c) { return bytes_of(lay_out_attention(shape, c).end); }, 0,
-      shape.has_bf16_dots && !is_dense ? 2 : 4);
+      shape.has_bf16_dots && !is_dense ? 1 : 4);
 }
 
 BlockMassLayout lay_out_block_mass(const BlockMassShape& shape, std::int64_t chunk) {

@@ -25,6 +25,18 @@ struct QueryChunk {
 /// they take longest, and what starts last should be short.
 std::vector<QueryChunk> cut_queries(const Batch& batch, std::int64_t chunk);
 
+/// One task: a chunk and a head.
+struct ChunkTask {
+  QueryChunk chunk;
+  std::int64_t head = 0;
+};
+
+/// Every chunk with each of the heads, in order. The tasks beyond a multiple of the workers are cut into pieces that all
+/// workers get as many of (3 tasks for 2 workers: two whole, two halves), as long as a piece has kLeastPiece queries:
+/// of equal tasks no worker is then left with more than another, and only the last few lose by being cut.
+inline constexpr std::int64_t kLeastPiece = 16;
+std::vector<ChunkTask> list_tasks(const std::vector<QueryChunk>& chunks, std::int64_t heads, int workers);
+
 /// Queries of the whole batch and of its longest sequence.
 struct QueryCounts {
   std::int64_t total = 0;

@@ -88,6 +88,60 @@ TEST(CutQueries, OfNoSequencesIsEmpty) {
   EXPECT_TRUE(cut_queries(Batch::packed(cu_seqlens, cu_seqlens), 4).empty());
 }
 
+// Queries of each worker when whoever is free takes the next task and all queries cost the same.
+std::vector<std::int64_t> share_out(const std::vector<ChunkTask>& tasks, int workers) {
+  std::vector<std::int64_t> load(static_cast<std::size_t>(workers), 0);
+  for (const ChunkTask& task : tasks) *std::min_element(load.begin(), load.end()) += task.chunk.end - task.chunk.begin;
+  return load;
+}
+
+TEST(ListTasks, HoldEveryQueryOfEveryHeadOnce) {
+  const std::vector<std::int32_t> cu_seqlens = {0, 1, 70, 70, 570};
+  const Batch batch = Batch::packed(cu_seqlens, cu_seqlens);
+  for (const int workers : {1, 2, 3, 16}) {
+    for (const std::int64_t heads : {1, 3, 4}) {
+      std::vector<int> taken(static_cast<std::size_t>(570 * heads), 0);
+      for (const ChunkTask& task : list_tasks(cut_queries(batch, 200), heads, workers)) {
+        EXPECT_LT(task.chunk.begin, task.chunk.end);
+        EXPECT_LE(task.chunk.end - task.chunk.begin, 200);
+        const std::int64_t first = cu_seqlens[static_cast<std::size_t>(task.chunk.sequence)];
+        for (std::int64_t q = task.chunk.begin; q < task.chunk.end; ++q) {
+          ++taken.at(static_cast<std::size_t>((first + q) * heads + task.head));
+        }
+      }
+      for (const int times : taken) EXPECT_EQ(times, 1);
+    }
+  }
+}
+
+TEST(ListTasks, EndTogetherWhateverTheHeads) {
+  const std::vector<std::int32_t> cu_seqlens = {0, 512};
+  const Batch batch = Batch::packed(cu_seqlens, cu_seqlens);
+  for (const int workers : {2, 3, 4, 8}) {
+    for (std::int64_t heads = 1; heads <= 9; ++heads) {
+      for (const std::int64_t chunk : {512, 256}) {
+        const std::vector<std::int64_t> load = share_out(list_tasks(cut_queries(batch, chunk), heads, workers), workers);
+        // Pieces of 512 / 3 differ by a query.
+        EXPECT_LE(*std::max_element(load.begin(), load.end()), *std::min_element(load.begin(), load.end()) + heads)
+            << workers << " workers, " << heads << " heads, chunk " << chunk;
+      }
+    }
+  }
+}
+
+TEST(ListTasks, CutNoMoreThanTheyMust) {
+  const std::vector<std::int32_t> cu_seqlens = {0, 512};
+  const std::vector<QueryChunk> chunks = cut_queries(Batch::packed(cu_seqlens, cu_seqlens), 512);
+  EXPECT_EQ(list_tasks(chunks, 4, 2).size(), 4u);  // nothing is left over
+  EXPECT_EQ(list_tasks(chunks, 3, 1).size(), 3u);
+  const std::vector<ChunkTask> tasks = list_tasks(chunks, 3, 2);
+  ASSERT_EQ(tasks.size(), 4u);
+  EXPECT_EQ(tasks[1].chunk.end - tasks[1].chunk.begin, 512);
+  EXPECT_EQ(tasks[2].chunk.end - tasks[2].chunk.begin, 256);
+  const std::vector<std::int32_t> few = {0, kLeastPiece};
+  EXPECT_EQ(list_tasks(cut_queries(Batch::packed(few, few), 512), 3, 2).size(), 3u);
+}
+
 TEST(CountQueries, CountsAllAndTheLongestSequence) {
   const std::vector<std::int32_t> cu_seqlens_q = {0, 3, 3, 8};
   const std::vector<std::int32_t> cu_seqlens_k = {0, 3, 70, 75};
