@@ -91,7 +91,21 @@ class ChunkState {
     }
     store_row(sum, shape.value_dim, input_.out.dtype,
               input_.out.data + (row * input_.out.stride(0) + head * input_.out.stride(1)) * out_bytes);
-    lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+    if (lse != nullptr) lse[row * input_.lse.stride(0) + head * input_.lse.stride(1)] = row_lse;
+  }
+
+  /// The keys of a block that members()[0, n) see.
+  void start_block(std::int64_t block, std::int64_t n) {
+    block_begin_ = block * input_.shape.block_size;
+    // Nothing behind the last member's position is read: it need not even hold a key.
+    block_keys_ = std::min(input_.shape.block_size, position_of(members_[n - 1]) + 1 - block_begin_);
+  }
+  /// Keys of the block that query i sees.
+  std::int64_t visible_keys(std::int64_t i) const { return std::min(block_keys_, position_of(i) + 1 - block_begin_); }
+  /// The query of row `row` of the members' rows, and which row of the chunk that is.
+  std::int64_t query_of(std::int64_t row) const { return members_[row / input_.shape.group_size]; }
+  std::int64_t index_of(std::int64_t row) const {
+    return query_of(row) * input_.shape.group_size + row % input_.shape.group_size;
   }
 
   const AttentionInput& input_;
@@ -106,6 +120,8 @@ class ChunkState {
   float* totals_;
   std::int32_t* members_;
   std::int32_t* seen_;
+  std::int64_t block_begin_ = 0;
+  std::int64_t block_keys_ = 0;
 
  private:
   static HWY_ATTR void divide_row(float* HWY_RESTRICT row, std::int64_t count, float divisor) {
@@ -133,50 +149,72 @@ class ChunkAttention : public ChunkState {
   /// Adds block `block` to the rows of members()[0, n). What block follows makes no difference here.
   HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
     if (n == 0) return;
-    const AttentionShape& shape = input_.shape;
-    const std::int64_t block_begin = block * shape.block_size;
-    // Nothing behind the last member's position is read: it need not even hold a key.
-    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    load_keys_transposed(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim,
-                         keys_, padded_stride(shape.block_size));
-    load_value_rows(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
-                    values_, padded_stride(shape.value_dim));
-    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
-    const std::int64_t rows = n * shape.group_size;
-    for (std::int64_t r = 0; r < rows; r += kScoreRows) {
-      add_block_to_rows(block_begin, block_keys, r, std::min(kScoreRows, rows - r));
-    }
+    load_keys(block, n);
+    load_values(n);
+    for_rows(n, [&](std::int64_t first, std::int64_t rows) HWY_ATTR {
+      score_rows(first, rows, scores_);
+      weigh_rows(first, rows);
+    });
+  }
+
+  /// add_block in two halves, by two chunks of the same queries: the first writes split_score_floats of scores, the
+  /// second reads them. The second's values may be a slice of the dimensions.
+  HWY_ATTR void score_block(std::int64_t block, std::int64_t n, float* scores) {
+    load_keys(block, n);
+    for_rows(n, [&](std::int64_t first, std::int64_t rows)
+                    HWY_ATTR { score_rows(first, rows, scores + first * padded_stride(input_.shape.block_size)); });
+  }
+  HWY_ATTR void weigh_block(std::int64_t block, std::int64_t n, const float* scores) {
+    start_block(block, n);
+    load_values(n);
+    const std::int64_t stride = padded_stride(input_.shape.block_size);
+    for_rows(n, [&](std::int64_t first, std::int64_t rows) HWY_ATTR {
+      std::copy(scores + first * stride, scores + (first + rows) * stride, scores_);  // they become probabilities
+      weigh_rows(first, rows);
+    });
   }
 
  private:
+  HWY_ATTR void load_keys(std::int64_t block, std::int64_t n) {
+    start_block(block, n);
+    load_keys_transposed(key_rows_, input_.k.dtype, sequence_.index, kv_head_, block_begin_, block_keys_,
+                         input_.shape.head_dim, keys_, padded_stride(input_.shape.block_size));
+  }
+  HWY_ATTR void load_values(std::int64_t n) {
+    load_value_rows(value_rows_, input_.v.dtype, sequence_.index, kv_head_, block_begin_, block_keys_,
+                    input_.shape.value_dim, values_, padded_stride(input_.shape.value_dim));
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+  }
+
+  /// Calls body(first, rows) for the members' rows, kScoreRows at a time.
+  template <class Body>
+  HWY_ATTR void for_rows(std::int64_t n, const Body& body) {
+    const std::int64_t rows = n * input_.shape.group_size;
+    for (std::int64_t r = 0; r < rows; r += kScoreRows) body(r, std::min(kScoreRows, rows - r));
+  }
   // Rows [first, first + rows) of the members' rows.
-  HWY_ATTR void add_block_to_rows(std::int64_t block_begin, std::int64_t block_keys, std::int64_t first,
-                                  std::int64_t rows) {
+  HWY_ATTR void score_rows(std::int64_t first, std::int64_t rows, float* scores) {
     const AttentionShape& shape = input_.shape;
     const std::int64_t score_stride = padded_stride(shape.block_size);
     const float* row_queries[kScoreRows];
+    for (std::int64_t r = 0; r < rows; ++r) row_queries[r] = queries_ + index_of(first + r) * shape.head_dim;
+    product_of_rows(rows, padded_columns(block_keys_), shape.head_dim, row_queries, 1, keys_, score_stride,
+                    StridedRows<float>{scores, score_stride}, Sums::kReplace);
+  }
+
+  // The same rows, whose scores are in scores_.
+  HWY_ATTR void weigh_rows(std::int64_t first, std::int64_t rows) {
+    const AttentionShape& shape = input_.shape;
+    const std::int64_t score_stride = padded_stride(shape.block_size);
     float* row_sums[kScoreRows];
-    std::int64_t row_index[kScoreRows];
     std::int64_t row_visible[kScoreRows];
-    std::int64_t member = first / shape.group_size;
-    std::int64_t head = first % shape.group_size;
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t i = members_[member];
-      row_index[r] = i * shape.group_size + head;
-      row_queries[r] = queries_ + row_index[r] * shape.head_dim;
-      row_sums[r] = sums_ + row_index[r] * shape.value_dim;
-      row_visible[r] = std::min(block_keys, position_of(i) + 1 - block_begin);
-      if (++head == shape.group_size) {
-        head = 0;
-        ++member;
-      }
-    }
-    product_of_rows(rows, padded_columns(block_keys), shape.head_dim, row_queries, 1, keys_, score_stride,
-                    StridedRows<float>{scores_, score_stride}, Sums::kReplace);
-    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t index = index_of(first + r);
+      row_sums[r] = sums_ + index * shape.value_dim;
+      row_visible[r] = visible_keys(query_of(first + r));
       float* row = scores_ + r * score_stride;
-      float& largest = largest_[row_index[r]];
-      float& total = totals_[row_index[r]];
+      float& largest = largest_[index];
+      float& total = totals_[index];
       const float before = largest;
       largest = std::max(before, scale_and_max(row, row_visible[r], input_.scale));
       const float shift = softmax_shift(largest);

@@ -126,14 +126,9 @@ class AmxChunkAttention : public ChunkState {
   HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t next) {
     if (n == 0) return;
     const AttentionShape& shape = input_.shape;
-    const std::int64_t block_begin = block * shape.block_size;
-    // Nothing behind the last member's position is read: it need not even hold a key.
-    block_begin_ = block_begin;
-    block_keys_ = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    pack_key_tiles(key_rows_, sequence_.index, kv_head_, block_begin, block_keys_, shape.head_dim, keys_);
-    const bool finite =
-        pack_value_tiles(value_rows_, sequence_.index, kv_head_, block_begin, block_keys_, shape.value_dim, values_);
-    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    start_block(block, n);
+    load_keys();
+    const bool finite = load_values(n);
     next_begin_ = next * shape.block_size;
     next_keys_ = next < 0 ? 0 : std::min(shape.block_size, position_of(count_ - 1) + 1 - next_begin_);
     if (!finite && visible_keys(members_[0]) < block_keys_) {
@@ -156,6 +151,29 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
+  HWY_ATTR void score_block(std::int64_t block, std::int64_t n, float* scores) {
+    start_block(block, n);
+    load_keys();
+    const std::int64_t rows = n * input_.shape.group_size;
+    for (std::int64_t r = 0; r < rows; r += 32) {
+      Staged staged(std::min<std::int64_t>(32, rows - r));
+      stage_queries(r, rows, staged);
+      describe(staged.visit);
+      score_amx(staged.visit, scores + split_scores_of(r));
+    }
+  }
+  HWY_ATTR void weigh_block(std::int64_t block, std::int64_t n, const float* scores) {
+    start_block(block, n);
+    const bool finite = load_values(n);
+    const std::int64_t group_size = input_.shape.group_size;
+    if (finite || visible_keys(members_[0]) == block_keys_) {
+      weigh_rows(0, n * group_size, n * group_size, scores);
+      return;
+    }
+    for_each_member_from_the_last(
+        n, [&](std::int64_t m) HWY_ATTR { weigh_rows(m * group_size, (m + 1) * group_size, n * group_size, scores); });
+  }
+
   /// Divides, rounds and writes out and lse.
   HWY_ATTR void write() {
     alignas(64) float row[kMaxHeadDim];
@@ -174,7 +192,15 @@ class AmxChunkAttention : public ChunkState {
     return queries_ + r / 16 * head_steps_ * kTileElements + r % 16 * kBf16Inner;
   }
   float* sum_row(std::int64_t r) const { return sums_ + r / 16 * value_tiles_ * kTileSums + r % 16 * 16; }
-  std::int64_t visible_keys(std::int64_t i) const { return std::min(block_keys_, position_of(i) + 1 - block_begin_); }
+  HWY_ATTR void load_keys() {
+    pack_key_tiles(key_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, input_.shape.head_dim, keys_);
+  }
+  // Returns whether all values are finite.
+  HWY_ATTR bool load_values(std::int64_t n) {
+    for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
+    return pack_value_tiles(value_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, input_.shape.value_dim,
+                            values_);
+  }
   AmxRows tile_of_chunk(std::int64_t tile) const {
     return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,
             largest_ + tile * 16, totals_ + tile * 16, nullptr};
@@ -213,72 +239,114 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  // Rows [first, first + rows) of the members' rows, copied into two tiles and back.
-  HWY_ATTR void add_staged(std::int64_t first, std::int64_t rows, std::int64_t all_rows) {
-    const std::int64_t group_size = input_.shape.group_size;
-    std::int64_t row_index[32];
+  // Up to 32 of the members' rows, copied into two tiles.
+  struct Staged {
+    explicit Staged(std::int64_t rows) { visit.row_tiles = rows > 16 ? 2 : 1; }
+    AmxVisit visit;
     std::int32_t visible[32];
     alignas(64) float largest[32];
     alignas(64) float totals[32];
-    AmxVisit visit;
-    visit.row_tiles = rows > 16 ? 2 : 1;
-    for (std::int64_t r = 0; r < 16 * visit.row_tiles; ++r) {
-      std::uint16_t* to_query = staged_queries_[r / 16] + r % 16 * kBf16Inner;
-      float* to_sum = staged_sums_[r / 16] + r % 16 * 16;
-      if (r >= rows) {  // sees nothing; what it holds goes nowhere
-        largest[r] = kNegativeInfinity;
-        totals[r] = 0;
-        visible[r] = 0;
-        for (std::int64_t t = 0; t < head_steps_; ++t) {
-          _mm512_storeu_si512(to_query + t * kTileElements, _mm512_setzero_si512());
-        }
-        for (std::int64_t t = 0; t < value_tiles_; ++t) _mm512_storeu_ps(to_sum + t * kTileSums, _mm512_setzero_ps());
+  };
+
+  // Queries of the rows from `first` on, up to `end`; zeros behind.
+  HWY_ATTR void stage_queries(std::int64_t first, std::int64_t end, Staged& staged) {
+    for (std::int64_t r = 0; r < 16 * staged.visit.row_tiles; ++r) {
+      std::uint16_t* to = staged_queries_[r / 16] + r % 16 * kBf16Inner;
+      const std::uint16_t* from = first + r < end ? query_row(index_of(first + r)) : nullptr;
+      for (std::int64_t t = 0; t < head_steps_; ++t) {
+        _mm512_storeu_si512(to + t * kTileElements,
+                            from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + t * kTileElements));
+      }
+    }
+    for (int k = 0; k < staged.visit.row_tiles; ++k) staged.visit.rows[k].queries = staged_queries_[k];
+  }
+
+  // Sums, maxima and totals of the rows from `first` on; of what lies outside [begin, end) the rows see nothing, and
+  // what they hold goes nowhere.
+  HWY_ATTR void stage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, Staged& staged) {
+    for (std::int64_t r = 0; r < 16 * staged.visit.row_tiles; ++r) {
+      float* to = staged_sums_[r / 16] + r % 16 * 16;
+      if (first + r < begin || first + r >= end) {
+        staged.largest[r] = kNegativeInfinity;
+        staged.totals[r] = 0;
+        staged.visible[r] = 0;
+        for (std::int64_t t = 0; t < value_tiles_; ++t) _mm512_storeu_ps(to + t * kTileSums, _mm512_setzero_ps());
         continue;
       }
-      const std::int64_t i = members_[(first + r) / group_size];
-      row_index[r] = i * group_size + (first + r) % group_size;
-      largest[r] = largest_[row_index[r]];
-      totals[r] = totals_[row_index[r]];
-      visible[r] = static_cast<std::int32_t>(visible_keys(i));
-      const std::uint16_t* query = query_row(row_index[r]);
-      const float* sum = sum_row(row_index[r]);
-      for (std::int64_t t = 0; t < head_steps_; ++t) {
-        _mm512_storeu_si512(to_query + t * kTileElements, _mm512_loadu_si512(query + t * kTileElements));
-      }
+      const std::int64_t index = index_of(first + r);
+      staged.largest[r] = largest_[index];
+      staged.totals[r] = totals_[index];
+      staged.visible[r] = static_cast<std::int32_t>(visible_keys(query_of(first + r)));
+      const float* from = sum_row(index);
       for (std::int64_t t = 0; t < value_tiles_; ++t) {
-        _mm512_storeu_ps(to_sum + t * kTileSums, _mm512_loadu_ps(sum + t * kTileSums));
+        _mm512_storeu_ps(to + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
       }
     }
-    for (int k = 0; k < visit.row_tiles; ++k) {
+    for (int k = 0; k < staged.visit.row_tiles; ++k) {
       bool all = block_keys_ % kBf16Inner == 0;
-      for (int r = 0; r < 16; ++r) all = all && visible[16 * k + r] == block_keys_;
-      visit.rows[k] = {staged_queries_[k], staged_sums_[k], largest + 16 * k, totals + 16 * k,
-                       all ? nullptr : visible + 16 * k};
+      for (int r = 0; r < 16; ++r) all = all && staged.visible[16 * k + r] == block_keys_;
+      AmxRows& rows = staged.visit.rows[k];
+      rows.sums = staged_sums_[k];
+      rows.largest = staged.largest + 16 * k;
+      rows.totals = staged.totals + 16 * k;
+      rows.visible = all ? nullptr : staged.visible + 16 * k;
     }
-    run(visit, first / 16, (all_rows + 15) / 16);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      largest_[row_index[r]] = largest[r];
-      totals_[row_index[r]] = totals[r];
+  }
+  HWY_ATTR void unstage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, const Staged& staged) {
+    for (std::int64_t r = std::max<std::int64_t>(0, begin - first); r < std::min<std::int64_t>(32, end - first); ++r) {
+      const std::int64_t index = index_of(first + r);
+      largest_[index] = staged.largest[r];
+      totals_[index] = staged.totals[r];
       const float* from = staged_sums_[r / 16] + r % 16 * 16;
-      float* sum = sum_row(row_index[r]);
+      float* to = sum_row(index);
       for (std::int64_t t = 0; t < value_tiles_; ++t) {
-        _mm512_storeu_ps(sum + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
+        _mm512_storeu_ps(to + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
       }
+    }
+  }
+
+  // Rows [first, first + rows) of the members' rows, copied into two tiles and back.
+  HWY_ATTR void add_staged(std::int64_t first, std::int64_t rows, std::int64_t all_rows) {
+    Staged staged(rows);
+    stage_queries(first, first + rows, staged);
+    stage_sums(first, first, first + rows, staged);
+    run(staged.visit, first / 16, (all_rows + 15) / 16);
+    unstage_sums(first, first, first + rows, staged);
+  }
+
+  // Where the scores of the members' rows from `first` on lie between the two halves.
+  std::int64_t split_scores_of(std::int64_t first) const {
+    return amx_score_floats(1, (input_.shape.block_size + 15) / 16) * (first / 16);
+  }
+  // The members' rows [begin, end) of all_rows from their scores on, in the tiles in which they were scored.
+  HWY_ATTR void weigh_rows(std::int64_t begin, std::int64_t end, std::int64_t all_rows, const float* scores) {
+    for (std::int64_t first = begin / 32 * 32; first < end; first += 32) {
+      Staged staged(std::min<std::int64_t>(32, all_rows - first));
+      stage_sums(first, begin, end, staged);
+      describe(staged.visit);
+      weigh_amx(staged.visit, scores + split_scores_of(first));
+      unstage_sums(first, begin, end, staged);
     }
   }
 
   // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first, and
   // what the next one does not see is cleared.
-  HWY_ATTR void add_block_one_by_one(std::int64_t n) {
-    const std::int64_t group_size = input_.shape.group_size;
+  template <class Body>
+  HWY_ATTR void for_each_member_from_the_last(std::int64_t n, const Body& body) {
     std::int64_t kept = block_keys_;
     for (std::int64_t m = n - 1; m >= 0; --m) {
       const std::int64_t visible = visible_keys(members_[m]);
       for (; kept > visible; --kept) clear_value(kept - 1);
+      body(m);
+    }
+  }
+  HWY_ATTR void add_block_one_by_one(std::int64_t n) {
+    const std::int64_t group_size = input_.shape.group_size;
+    for_each_member_from_the_last(n, [&](std::int64_t m) HWY_ATTR {
       for (std::int64_t h = 0; h < group_size; h += 32) {
         add_staged(m * group_size + h, std::min<std::int64_t>(32, group_size - h), n * group_size);
       }
-    }
+    });
   }
 
   void clear_value(std::int64_t key) {
@@ -308,6 +376,14 @@ class AmxChunkAttention : public ChunkState {
       ask_ahead(key_rows_.row(sequence_.index, next_begin_ + j, kv_head_), key_lines);
       ask_ahead(value_rows_.row(sequence_.index, next_begin_ + j, kv_head_), value_lines);
     }
+    describe(visit);
+    visit.ahead = ahead_;
+    visit.ahead_count = ahead_count_;
+    attend_amx(visit);
+    ahead_count_ = 0;
+  }
+
+  void describe(AmxVisit& visit) const {
     visit.keys = keys_;
     visit.values = values_;
     visit.head_steps = head_steps_;
@@ -316,10 +392,6 @@ class AmxChunkAttention : public ChunkState {
     visit.scale = scale_;
     visit.scores = scores_;
     visit.probabilities = probabilities_;
-    visit.ahead = ahead_;
-    visit.ahead_count = ahead_count_;
-    attend_amx(visit);
-    ahead_count_ = 0;
   }
 
   static constexpr std::int64_t kMaxAhead = 128;
@@ -334,8 +406,6 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* probabilities_;
   std::uint16_t* staged_queries_[2];
   float* staged_sums_[2];
-  std::int64_t block_begin_ = 0;
-  std::int64_t block_keys_ = 0;
   std::int64_t next_begin_ = 0;
   std::int64_t next_keys_ = 0;
   AheadLines ahead_[kMaxAhead];

@@ -500,10 +500,8 @@ void attend_amx(const AmxVisit& visit) {
   add_values_of(visit);
 }
 
-void score_amx(const AmxVisit& visit) {
-  const std::int64_t floats = amx_score_floats(1, visit.key_tiles);
-  for (int t = 0; t < visit.row_tiles; ++t) {
-    float* scores = visit.scores + t * floats;
+void score_amx(const AmxVisit& visit, float* scores) {
+  for (int t = 0; t < visit.row_tiles; ++t, scores += amx_score_floats(1, visit.key_tiles)) {
     switch (visit.head_steps) {
       case 2: score_rows<2>(visit, visit.rows[t], scores); break;
       case 4: score_rows<4>(visit, visit.rows[t], scores); break;
@@ -512,11 +510,11 @@ void score_amx(const AmxVisit& visit) {
   }
 }
 
-void weigh_amx(const AmxVisit& visit) {
+void weigh_amx(const AmxVisit& visit, const float* scores) {
   const std::int64_t floats = amx_score_floats(1, visit.key_tiles);
   const std::int64_t elements = (visit.key_tiles + 1) / 2 * kTileElements;
   for (int t = 0; t < visit.row_tiles; ++t) {
-    weigh_rows(visit, visit.rows[t], visit.scores + t * floats, visit.probabilities + t * elements);
+    weigh_rows(visit, visit.rows[t], scores + t * floats, visit.probabilities + t * elements);
   }
   add_values_of(visit);
 }

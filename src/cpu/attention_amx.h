@@ -49,11 +49,11 @@ struct AmxVisit {
 /// that a row does not see must be finite. The calling thread must hold AmxTiles.
 void attend_amx(const AmxVisit& visit);
 
-/// The two halves of attend_amx, for two threads or two times: the first reads queries and keys and fills
-/// visit.scores, amx_score_floats of them; the second reads those, and leaves them as they are. A row's largest and
-/// total do not depend on which of the value tiles take part.
-void score_amx(const AmxVisit& visit);
-void weigh_amx(const AmxVisit& visit);
+/// The two halves of attend_amx, for two threads or two times: the first reads queries and keys and writes
+/// amx_score_floats, from which the second goes on. A row's largest and total do not depend on which of the value tiles
+/// take part.
+void score_amx(const AmxVisit& visit, float* scores);
+void weigh_amx(const AmxVisit& visit, const float* scores);
 inline std::int64_t amx_score_floats(int row_tiles, std::int64_t key_tiles) {
   return row_tiles * ((key_tiles + 1) / 2 * 2) * kTileSums;
 }

@@ -203,34 +203,57 @@ class Bf16ChunkAttention : public ChunkState {
 
   HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
     if (n == 0) return;
+    load_keys(block, n);
+    weigh_members(n, [&](std::int64_t first, std::int64_t rows) HWY_ATTR {
+      score_rows(first, rows, scores_);
+      weigh_rows(first, rows, scores_);
+    });
+  }
+
+  HWY_ATTR void score_block(std::int64_t block, std::int64_t n, float* scores) {
+    load_keys(block, n);
+    const std::int64_t rows = n * input_.shape.group_size;
+    for (std::int64_t r = 0; r < rows; r += kBf16Rows) {
+      score_rows(r, std::min(kBf16Rows, rows - r), scores + r * score_stride_);
+    }
+  }
+  HWY_ATTR void weigh_block(std::int64_t block, std::int64_t n, const float* scores) {
+    start_block(block, n);
+    weigh_members(n, [&](std::int64_t first, std::int64_t rows)
+                         HWY_ATTR { weigh_rows(first, rows, scores + first * score_stride_); });
+  }
+
+ private:
+  HWY_ATTR void load_keys(std::int64_t block, std::int64_t n) {
+    start_block(block, n);
+    pack_keys(key_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, input_.shape.head_dim, keys_,
+              key_stride_);
+  }
+
+  // Loads the values and calls weigh(first, rows) for the members' rows, at most kBf16Rows at a time.
+  template <class Weigh>
+  HWY_ATTR void weigh_members(std::int64_t n, const Weigh& weigh) {
     const AttentionShape& shape = input_.shape;
-    const std::int64_t block_begin = block * shape.block_size;
-    // Nothing behind the last member's position is read: it need not even hold a key.
-    const std::int64_t block_keys = std::min(shape.block_size, position_of(members_[n - 1]) + 1 - block_begin);
-    pack_keys(key_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.head_dim, keys_, key_stride_);
-    const bool finite = pack_values(value_rows_, sequence_.index, kv_head_, block_begin, block_keys, shape.value_dim,
+    const bool finite = pack_values(value_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, shape.value_dim,
                                     values_, value_stride_);
     for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
     const std::int64_t rows = n * shape.group_size;
-    if (finite || position_of(members_[0]) + 1 - block_begin >= block_keys) {
-      for (std::int64_t r = 0; r < rows; r += kBf16Rows) {
-        add_block_to_rows(block_begin, block_keys, r, std::min(kBf16Rows, rows - r));
-      }
+    if (finite || visible_keys(members_[0]) == block_keys_) {
+      for (std::int64_t r = 0; r < rows; r += kBf16Rows) weigh(r, std::min(kBf16Rows, rows - r));
       return;
     }
     // A row must not touch values it does not see, 0 * NaN being NaN: one query after the other, the last one first,
     // and what the next one does not see is cleared.
-    std::int64_t kept = block_keys;
+    std::int64_t kept = block_keys_;
     for (std::int64_t m = n - 1; m >= 0; --m) {
-      const std::int64_t visible = std::min(block_keys, position_of(members_[m]) + 1 - block_begin);
+      const std::int64_t visible = visible_keys(members_[m]);
       for (; kept > visible; --kept) clear_value(kept - 1);
       for (std::int64_t h = 0; h < shape.group_size; h += kBf16Rows) {
-        add_block_to_rows(block_begin, block_keys, m * shape.group_size + h, std::min(kBf16Rows, shape.group_size - h));
+        weigh(m * shape.group_size + h, std::min(kBf16Rows, shape.group_size - h));
       }
     }
   }
 
- private:
   void clear_value(std::int64_t key) {
     std::uint16_t* pair = values_ + key / 2 * value_stride_ + key % 2;
     for (std::int64_t e = 0; e < input_.shape.value_dim; ++e) pair[2 * e] = 0;
@@ -286,45 +309,36 @@ class Bf16ChunkAttention : public ChunkState {
   }
 
   // Rows [first, first + rows) of the members' rows.
-  HWY_ATTR void add_block_to_rows(std::int64_t block_begin, std::int64_t block_keys, std::int64_t first,
-                                  std::int64_t rows) {
-    const AttentionShape& shape = input_.shape;
+  HWY_ATTR void score_rows(std::int64_t first, std::int64_t rows, float* scores) {
     const std::uint16_t* row_queries[kBf16Rows];
-    const std::uint16_t* row_probabilities[kBf16Rows];
-    std::int64_t row_index[kBf16Rows];
-    std::int64_t row_visible[kBf16Rows];
-    float row_factor[kBf16Rows];
-    std::int64_t member = first / shape.group_size;
-    std::int64_t head = first % shape.group_size;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t i = members_[member];
-      row_index[r] = i * shape.group_size + head;
-      row_queries[r] = queries_ + row_index[r] * inner_;
-      row_probabilities[r] = probabilities_ + r * probability_stride_;
-      row_visible[r] = std::min(block_keys, position_of(i) + 1 - block_begin);
-      if (++head == shape.group_size) {
-        head = 0;
-        ++member;
-      }
-    }
+    for (std::int64_t r = 0; r < rows; ++r) row_queries[r] = queries_ + index_of(first + r) * inner_;
     Bf16Product product;
     product.rows = rows;
-    product.cols = padded_columns(block_keys);
+    product.cols = padded_columns(block_keys_);
     product.inner = inner_;
     product.a = row_queries;
     product.b = keys_;
     product.b_stride = key_stride_;
-    product.c = scores_;
+    product.c = scores;
     product.c_stride = score_stride_;
     input_.multiply_bf16(product);
+  }
 
-    const std::int64_t padded_keys = padded_inner(block_keys);
+  // The same rows from their scores on.
+  HWY_ATTR void weigh_rows(std::int64_t first, std::int64_t rows, const float* scores) {
+    const AttentionShape& shape = input_.shape;
+    const std::uint16_t* row_probabilities[kBf16Rows];
+    float row_factor[kBf16Rows];
+    const std::int64_t padded_keys = padded_inner(block_keys_);
     for (std::int64_t r = 0; r < rows; ++r) {
-      const float* row = scores_ + r * score_stride_;
-      float& largest = largest_[row_index[r]];
-      float& total = totals_[row_index[r]];
+      const std::int64_t index = index_of(first + r);
+      const std::int64_t visible = visible_keys(query_of(first + r));
+      const float* row = scores + r * score_stride_;
+      row_probabilities[r] = probabilities_ + r * probability_stride_;
+      float& largest = largest_[index];
+      float& total = totals_[index];
       const float before = largest;
-      largest = std::max(before, largest_product(row, row_visible[r], input_.scale));
+      largest = std::max(before, largest_product(row, visible, input_.scale));
       const float shift = softmax_shift(largest);
       row_factor[r] = 1;
       if (largest != before) {  // what was summed so far was relative to the old maximum
@@ -332,10 +346,12 @@ class Bf16ChunkAttention : public ChunkState {
             _mm512_cvtss_f32(shifted_exp(_mm512_set1_ps(before), _mm512_set1_ps(1.0f), _mm512_set1_ps(shift)));
         total *= row_factor[r];
       }
-      total += probabilities_and_sum(row, row_visible[r], padded_keys, input_.scale, shift,
+      total += probabilities_and_sum(row, visible, padded_keys, input_.scale, shift,
                                      probabilities_ + r * probability_stride_);
     }
 
+    Bf16Product product;
+    product.rows = rows;
     product.cols = shape.value_dim;
     product.inner = padded_keys;
     product.a = row_probabilities;
@@ -346,7 +362,7 @@ class Bf16ChunkAttention : public ChunkState {
     input_.multiply_bf16(product);
     for (std::int64_t r = 0; r < rows; ++r) {
       const float* HWY_RESTRICT from = products_ + r * product_stride_;
-      float* HWY_RESTRICT sum = sums_ + row_index[r] * shape.value_dim;
+      float* HWY_RESTRICT sum = sums_ + index_of(first + r) * shape.value_dim;
       const __m512 f = _mm512_set1_ps(row_factor[r]);
       for (std::int64_t e = 0; e < shape.value_dim; e += 16) {
         _mm512_storeu_ps(sum + e, _mm512_fmadd_ps(_mm512_loadu_ps(sum + e), f, _mm512_loadu_ps(from + e)));

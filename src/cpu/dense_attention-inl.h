@@ -9,11 +9,8 @@
 
 #include <cstdint>
 #include <numeric>
-#include <optional>
 
-#include "src/cpu/attention-inl.h"
-#include "src/cpu/attention_amx-inl.h"
-#include "src/cpu/attention_bf16-inl.h"
+#include "src/cpu/attention_chunk-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace msa::cpu {
@@ -38,19 +35,9 @@ HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk&
 /// One task: the rows of a chunk and a kv head.
 inline HWY_ATTR void attend_densely(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
                                     float* scratch) {
-#if HWY_TARGET == HWY_AVX3
-  if (input.multiply_bf16 != nullptr) {
-    std::optional<AmxTiles> tiles;
-    if (input.needs_amx_tiles) tiles.emplace();
-    if (input.shape.has_tiles) {
-      attend_densely_with<AmxChunkAttention>(input, chunk, kv_head, scratch);
-    } else {
-      attend_densely_with<Bf16ChunkAttention>(input, chunk, kv_head, scratch);
-    }
-    return;
-  }
-#endif
-  attend_densely_with<ChunkAttention>(input, chunk, kv_head, scratch);
+  with_chunk_of(input, [&](auto type) HWY_ATTR {
+    attend_densely_with<typename decltype(type)::Chunk>(input, chunk, kv_head, scratch);
+  });
 }
 
 }  // namespace HWY_NAMESPACE

@@ -31,9 +31,9 @@ struct ChunkTask {
   std::int64_t head = 0;
 };
 
-/// Every chunk with each of the heads, in order. The tasks beyond a multiple of the workers are cut into pieces that all
-/// workers get as many of (3 tasks for 2 workers: two whole, two halves), as long as a piece has kLeastPiece queries:
-/// of equal tasks no worker is then left with more than another, and only the last few lose by being cut.
+/// Every chunk with each of the heads, in order. The tasks beyond a multiple of the workers are cut into pieces that
+/// all workers get as many of (3 tasks for 2 workers: two whole, two halves), as long as a piece has kLeastPiece
+/// queries: of equal tasks no worker is then left with more than another, and only the last few lose by being cut.
 inline constexpr std::int64_t kLeastPiece = 16;
 std::vector<ChunkTask> list_tasks(const std::vector<QueryChunk>& chunks, std::int64_t heads, int workers);
 

@@ -4,6 +4,7 @@
 // set.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -191,6 +192,34 @@ TEST(InvarianceOfTasks, ThreadsAndBatchesOfManyQueries) {
         }
       }
     });
+  }
+}
+
+// Few queries on more threads than kv heads are done in halves (split_attention.h), with the bits of whole tasks and of
+// a longer prefill: rows in tiles of two queries, a last block that is there in part, and slices of different widths.
+TEST(InvarianceOfTasks, HalvesOfFewQueries) {
+  if (emulates_device()) GTEST_SKIP() << "threads are the cpu backend's";
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::int64_t kv_heads : {1, 3}) {
+      Problem prefill(Case{{6 * kv_heads, kv_heads, 128, 112, 16, 128, 16}, {{20, 2390}}, dtype, dtype});
+      // Seen by the last eight queries alone.
+      prefill.v.set(std::numeric_limits<double>::infinity(), 2382, 0, 5);
+      const std::int64_t rows = prefill.rows();
+      for_each_target(Targets::kCpu, [&](Context context) {
+        context.threads = 1;
+        const AttentionResult whole = run_sparse(context, prefill.sparse_params());
+        for (const std::int64_t queries : {1, 3, 16}) {
+          const Problem last = prefill.chunk(rows - queries, rows);
+          for (const int threads : {1, 2, 5}) {
+            SCOPED_TRACE(std::to_string(queries) + " queries, threads " + std::to_string(threads));
+            context.threads = threads;
+            const AttentionResult got = run_sparse(context, last.sparse_params());
+            expect_same_rows("out", got.out, 0, whole.out, rows - queries, queries);
+            expect_same_rows("lse", got.lse, 0, whole.lse, rows - queries, queries);
+          }
+        }
+      });
+    }
   }
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@
 #include "src/cpu/ordered_sums.h"
 #include "src/cpu/screen.h"
 #include "src/cpu/select_blocks_plan.h"
+#include "src/cpu/split_attention.h"
 #include "src/cpu/tile.h"
 #include "src/cpu/topk.h"
 
@@ -120,7 +122,8 @@ TEST(ListTasks, EndTogetherWhateverTheHeads) {
   for (const int workers : {2, 3, 4, 8}) {
     for (std::int64_t heads = 1; heads <= 9; ++heads) {
       for (const std::int64_t chunk : {512, 256}) {
-        const std::vector<std::int64_t> load = share_out(list_tasks(cut_queries(batch, chunk), heads, workers), workers);
+        const std::vector<std::int64_t> load =
+            share_out(list_tasks(cut_queries(batch, chunk), heads, workers), workers);
         // Pieces of 512 / 3 differ by a query.
         EXPECT_LE(*std::max_element(load.begin(), load.end()), *std::min_element(load.begin(), load.end()) + heads)
             << workers << " workers, " << heads << " heads, chunk " << chunk;
@@ -347,6 +350,106 @@ TEST(Plans, OfSelectionStaySmall) {
   widest.block_size = 256;
   widest.topk = 64;
   EXPECT_LE(plan_selection("select_blocks", widest, 2, 0).bytes(), std::size_t{64} << 20);
+}
+
+TEST(SplitAttention, HalvesWhatTheThreadsCannotShareOut) {
+  EXPECT_TRUE(should_split(1, 2));
+  EXPECT_TRUE(should_split(3, 2));
+  EXPECT_TRUE(should_split(1, 16));
+  EXPECT_FALSE(should_split(4, 2));    // nothing is left over
+  EXPECT_FALSE(should_split(15, 16));  // next to nothing to gain
+  EXPECT_FALSE(should_split(101, 2));
+  EXPECT_FALSE(should_split(3, 1));
+}
+
+// A sequence of three queries and one of one, three kv heads; query 1 has fewer blocks.
+struct SplitProblem {
+  std::vector<std::int32_t> cu_q = {0, 3, 4};
+  std::vector<std::int32_t> cu_k = {0, 4096, 8192};
+  std::vector<std::int32_t> blocks;
+  AttentionInput input;
+
+  SplitProblem() {
+    constexpr std::int64_t kHeads = 3, kTopk = 16;
+    for (std::int64_t row = 0; row < kHeads * 4; ++row) {
+      for (std::int64_t slot = 0; slot < kTopk; ++slot) {
+        blocks.push_back(row % 4 == 1 && slot > 2 ? -1 : static_cast<std::int32_t>(slot + row));
+      }
+    }
+    input.batch = Batch::packed(cu_q, cu_k);
+    input.blocks = make_view(static_cast<const std::int32_t*>(blocks.data()), {kHeads, 4, kTopk});
+    input.k.dtype = input.v.dtype = DType::kBFloat16;
+    input.v.rank = input.out.rank = 3;
+    input.shape = paper_attention(4, kTopk);
+    input.shape.queries = {4, 3};
+    input.shape.kv_heads = kHeads;
+    input.shape.value_dim = 80;
+  }
+};
+
+TEST(SplitAttention, HoldsEveryVisitOnce) {
+  const SplitProblem problem;
+  for (const int threads : {4, 5}) {
+    const std::optional<SplitWork> work = split_attention(problem.input, threads, 0);
+    ASSERT_TRUE(work.has_value());
+    EXPECT_EQ(work->whole_tasks.size(), static_cast<std::size_t>(6 / threads * threads));
+    ASSERT_EQ(work->items.size(), static_cast<std::size_t>(6 % threads));
+    std::int64_t next_block = 0;
+    std::int64_t scores = 0;
+    for (const SplitItem& item : work->items) {
+      EXPECT_EQ(item.first_block, next_block);
+      next_block = item.last_block;
+      std::vector<std::vector<std::int32_t>> got(static_cast<std::size_t>(item.task.chunk.end));
+      for (std::int64_t b = item.first_block; b < item.last_block; ++b) {
+        const SplitBlock& block = work->blocks[static_cast<std::size_t>(b)];
+        EXPECT_EQ(block.scores, scores);
+        scores += split_score_floats(problem.input.shape, block.member_count * 16);
+        for (std::int64_t m = 0; m < block.member_count; ++m) {
+          const std::int32_t query = work->members[static_cast<std::size_t>(block.first_member + m)];
+          got.at(static_cast<std::size_t>(query)).push_back(static_cast<std::int32_t>(block.block));
+        }
+      }
+      for (std::size_t i = 0; i < got.size(); ++i) {
+        const std::int64_t row =
+            problem.cu_q[static_cast<std::size_t>(item.task.chunk.sequence)] + static_cast<std::int64_t>(i);
+        const std::int32_t* ids = problem.blocks.data() + (item.task.head * 4 + row) * 16;
+        const std::vector<std::int32_t> wanted(ids, std::find(ids, ids + 16, -1));
+        EXPECT_EQ(got[i], wanted);
+      }
+    }
+    EXPECT_EQ(scores, work->score_floats);
+    std::int64_t next = 0;
+    for (const SplitSpan& span : work->spans) {
+      EXPECT_EQ(span.first, next);
+      EXPECT_LT(span.first, span.last);
+      EXPECT_LE(span.last, work->items[static_cast<std::size_t>(span.item)].last_block);
+      next = span.last;
+    }
+    EXPECT_EQ(next, next_block);
+    std::int64_t dims = 0;
+    for (const AttentionInput& slice : work->slices) {
+      EXPECT_EQ(slice.shape.value_dim % 16, 0);
+      EXPECT_GT(slice.shape.value_dim, 0);
+      EXPECT_EQ(slice.v.data - problem.input.v.data, 2 * dims);
+      dims += slice.shape.value_dim;
+    }
+    EXPECT_EQ(dims, 80);
+  }
+}
+
+TEST(SplitAttention, LeavesOthersWhole) {
+  SplitProblem problem;
+  const std::optional<SplitWork> work = split_attention(problem.input, 4, 0);
+  ASSERT_TRUE(work.has_value());
+  EXPECT_TRUE(split_attention(problem.input, 4, work->bytes()).has_value());
+  EXPECT_FALSE(split_attention(problem.input, 4, work->bytes() - 1).has_value());
+  EXPECT_FALSE(split_attention(problem.input, 1, 0).has_value());
+  EXPECT_FALSE(split_attention(problem.input, 2, 0).has_value());  // six tasks
+  problem.input.shape.value_dim = 16;
+  EXPECT_FALSE(split_attention(problem.input, 4, 0).has_value());
+  problem.input.shape.value_dim = 80;
+  problem.input.shape.block_size = 16;  // too little to read
+  EXPECT_FALSE(split_attention(problem.input, 4, 0).has_value());
 }
 
 // Sequences of four chunks of the backward, of none, of one and of two, with and without a prefix.

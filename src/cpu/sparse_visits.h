@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The selections of a chunk turned round: (block, query) pairs as single numbers, sorted, so that blocks ascend and
+// within a block queries do. Tested through sparse_attention.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "src/core/layout.h"
+#include "src/cpu/attention.h"
+#include "src/cpu/topk.h"
+
+namespace msa::cpu {
+
+inline std::int64_t visit_block(std::uint64_t visit) { return static_cast<std::int64_t>(visit >> 32); }
+/// Counted from the chunk's begin.
+inline std::int32_t visit_query(std::uint64_t visit) { return static_cast<std::int32_t>(visit & 0xffffffffu); }
+
+/// Fills visits, which has room for topk of them a query; returns how many there are.
+inline std::int64_t sort_visits(const AttentionInput& input, const QueryChunk& chunk, std::int64_t kv_head,
+                                std::uint64_t* visits) {
+  const std::int64_t first_row = core::get_sequence(input.batch, chunk.sequence).query_begin + chunk.begin;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < chunk.end - chunk.begin; ++i) {
+    const std::int32_t* ids = block_row(input.blocks, kv_head, first_row + i);
+    for (std::int64_t slot = 0; slot < input.shape.topk; ++slot) {
+      if (ids[slot] < 0) continue;
+      visits[count++] = static_cast<std::uint64_t>(ids[slot]) << 32 | static_cast<std::uint64_t>(i);
+    }
+  }
+  std::sort(visits, visits + count);
+  return count;
+}
+
+/// Calls body(block, first, last, next) for every block in turn: visits [first, last) are its, and `next` is the block
+/// that follows, or -1.
+template <class Body>
+void for_each_block(const std::uint64_t* visits, std::int64_t count, const Body& body) {
+  for (std::int64_t first = 0; first < count;) {
+    const std::int64_t block = visit_block(visits[first]);
+    std::int64_t last = first;
+    while (last < count && visit_block(visits[last]) == block) ++last;
+    body(block, first, last, last < count ? visit_block(visits[last]) : -1);
+    first = last;
+  }
+}
+
+}  // namespace msa::cpu
