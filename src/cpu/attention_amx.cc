@@ -254,10 +254,11 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
   alignas(64) float shifts[2][16] = {};
   alignas(64) float totals[2][16 * 16];
   float* ring[2] = {v.scores, v.scores + 2 * kTileSums};
-  // What the first turn finds at hand is no one's.
+  const auto out_of = [&](int i, std::int64_t t) { return v.probabilities + (tiles[i] * pairs + t) * kTileElements; };
+  // What the first turn finds at hand is no one's, and is written over.
   std::fill(ring[1], ring[1] + 2 * kTileSums, 0.0f);
   clear_rows(totals[0]);
-  ScorePair pair = {ring[1], ring[1] + kTileSums, shifts[0], totals[0], v.probabilities};
+  ScorePair pair = {ring[1], ring[1] + kTileSums, shifts[0], totals[0], out_of(0, 0)};
   const std::uint16_t* rows = v.rows[tiles[0]].queries;
   load_rows<kSteps>({rows, nullptr, kSteps});
   zero_sums<1>();
@@ -303,8 +304,7 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
       for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l) _mm_prefetch(next + 32 * l, _MM_HINT_T0);
       ask_ahead(v, tiles[i] * pairs + t, v.row_tiles * pairs);
       if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]].totals);  // the rows before
-      pair = {now, now + kTileSums, shifts[mine], totals[mine],
-              v.probabilities + (tiles[i] * pairs + t) * kTileElements};
+      pair = {now, now + kTileSums, shifts[mine], totals[mine], out_of(i, t)};
       std::swap(ring[0], ring[1]);
     }
   }
