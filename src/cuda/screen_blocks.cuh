@@ -109,8 +109,8 @@ __device__ __forceinline__ std::int32_t block_number(const SelectArgs& args, con
   return max_of(0, min_of(number, screen.blocks - 2));  // a tile may begin there
 }
 
-/// A thread block a block of keys, of those a sequence has all of: only those are ever scored. Read once: 32 KiB lie in
-/// the registers between the search for the largest and the rounding.
+/// A thread block a block of keys; those that no sequence has all of, which are never scored, become zeros. Read once:
+/// 32 KiB lie in the registers between the search for the largest and the rounding.
 template <class Element, int kDim, int kBlock>
 __global__ void __launch_bounds__(128)
     quantise_keys_kernel(const SelectArgs args, const ScreenArgs screen, const KeyRowsView<const Element> k_idx) {
@@ -123,12 +123,13 @@ __global__ void __launch_bounds__(128)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize;
   const int chunk = thread % kChunks;
-  for (auto number = static_cast<std::int32_t>(blockIdx.x); number < screen.blocks - 2;
+  if (args.batch.sequences == 0) return;
+  for (auto number = static_cast<std::int32_t>(blockIdx.x); number < screen.blocks;
        number += static_cast<std::int32_t>(gridDim.x)) {
     const std::int32_t s = sequence_of_block(args.batch, number, kBlock, args.page);
     const std::int32_t b = number - first_block(args.batch, s, kBlock, args.page);
-    if (b < 0 || b >= args.batch.keys(s) / kBlock) continue;
-    const std::int64_t first_key = k_idx.token(args.batch, s, b * kBlock);
+    const bool is_whole = b >= 0 && b < args.batch.keys(s) / kBlock;
+    const std::int64_t first_key = is_whole ? k_idx.token(args.batch, s, b * kBlock) : -1;
     const std::int64_t tokens = args.page > 0 ? std::int64_t{args.pages} * args.page : screen.key_rows;
     const bool is_there = first_key >= 0 && first_key + kBlock <= tokens;
     const Element* const keys = is_there ? k_idx.row(args.batch, s, b * kBlock) : nullptr;
