@@ -229,7 +229,7 @@ __device__ inline DirectItem direct_item(const ReverseIndex& a, std::int32_t ind
   result.item.count = __popc(members);
   result.item.kv_head = kv_head;
   result.item.is_partial = partial != 0 ? 1 : 0;
-  locate_block(a, first_block(a, sequence) + id, result.item);
+  locate_block(a, first_block(a.batch, sequence, a.block_size, a.page) + id, result.item);
   if (visible > 0) {
     result.visit = Visit{query, found | visible << 8};
     result.place = __popc(members & ((1u << lane) - 1));
