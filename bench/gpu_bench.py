@@ -102,7 +102,12 @@ def random_blocks(queries, keys, realistic=False):
     fresh = torch.ones_like(order, dtype=torch.bool)
     fresh[..., 1:] = order[..., 1:] != order[..., :-1]
     forced = (order == last[None, :, None]) | (realistic & ((order == 0) | (order == (last[None, :, None] - 1))))
-    rank = torch.where(fresh, torch.where(forced, -1.0, torch.rand_like(order, dtype=torch.float32)), 2.0)
+    # What a row takes: by itself, or mostly as the 64 rows around it do.
+    taste = torch.rand_like(order, dtype=torch.float32)
+    if realistic:
+        common = torch.rand(HKV, (rows + 63) // 64, order.shape[-1], device="cuda").repeat_interleave(64, 1)[:, :rows]
+        taste = 0.85 * common + 0.15 * taste
+    rank = torch.where(fresh, torch.where(forced, -1.0, taste), 2.0)
     taken = rank.argsort(-1)[..., :TOPK]
     picked = torch.where(rank.gather(-1, taken) < 2, order.gather(-1, taken), torch.full_like(taken, 1 << 30, dtype=torch.int32))
     picked = picked.sort(-1).values
@@ -240,6 +245,15 @@ def bench_topk(clock, add, longest):
             {"topk": scores.nbytes + rows * topk * 4}, speedup=theirs / ours)
 
 
+def union_of_neighbours(blocks):
+    """Blocks that eight neighbouring rows select among them, over what one of them does: 1 when they agree, 8 at most."""
+    tiles = blocks[:, : blocks.shape[1] // 8 * 8].reshape(HKV, -1, 8 * TOPK).sort(-1).values
+    fresh = tiles >= 0
+    own = fresh.sum().item()
+    fresh[..., 1:] &= tiles[..., 1:] != tiles[..., :-1]
+    return 8 * fresh.sum().item() / own
+
+
 def bench_sparse_forward(clock, add, longest):
     for realistic in (False, True):
         queries = keys = min(128 * K, longest)
@@ -249,7 +263,7 @@ def bench_sparse_forward(clock, add, longest):
         seconds = clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, BLOCK))
         pairs = (blocks >= 0).sum().item() / HKV * BLOCK - queries * BLOCK / 2  # half of the local block
         add("sparse_forward", {"queries": queries, "keys": keys, "selection": "realistic" if realistic else "independent"},
-            {"attend": seconds}, {"attend": 4 * pairs * HQ * D})
+            {"attend": seconds}, {"attend": 4 * pairs * HQ * D}, union=union_of_neighbours(blocks))
 
 
 def bench_dense_forward(clock, add, longest):

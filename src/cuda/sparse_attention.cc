@@ -11,8 +11,6 @@ namespace msa::cuda {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
-// Visit, WorkItem, TileBlock and WorkTotals of reverse_index.cuh.
-constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kTileBlockBytes = 24, kTotalsBytes = 16;
 constexpr std::int64_t kMostTilePositions = 32;  // a lane each
 constexpr std::int64_t kFewVisits = 4096;        // some 32 a multiprocessor
 constexpr std::int64_t kMostVerified = 16;       // tokens a sequence and call

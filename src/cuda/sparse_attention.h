@@ -26,6 +26,9 @@ inline constexpr std::int64_t kMostWaste = 2;
 /// Most bytes of partial results unless the caller sets a limit: some 8K queries at 64 heads and topk 16.
 inline constexpr std::size_t kDefaultWorkspace = std::size_t{2} << 30;
 
+/// Bytes of what reverse_index.cuh keeps in the workspace: Visit, WorkItem, TileBlock, WorkTotals.
+inline constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kTileBlockBytes = 24, kTotalsBytes = 16;
+
 /// Which orders of the work a plan may take. They give the same bits.
 struct AttentionOrders {
   std::optional<bool> is_direct;         ///< unset: by the number of visits

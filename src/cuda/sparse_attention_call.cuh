@@ -16,6 +16,9 @@
 
 namespace msa::cuda {
 
+static_assert(sizeof(Visit) == kVisitBytes && sizeof(WorkItem) == kItemBytes && sizeof(TileBlock) == kTileBlockBytes &&
+              sizeof(WorkTotals) == kTotalsBytes);
+
 inline bool is_aligned(const TensorView& rows, std::uintptr_t bytes) {
   const auto stride_bytes = [&](int d) { return static_cast<std::uintptr_t>(rows.stride(d)) * dtype_size(rows.dtype); };
   return (reinterpret_cast<std::uintptr_t>(rows.data) | stride_bytes(0) | stride_bytes(1)) % bytes == 0;
