@@ -290,6 +290,7 @@ struct DenseConsumer {
     weights[1].add(lse2.y, weight[1], factor[1]);
 #pragma unroll
     for (int i = 0; i < D / 2; i += 4) {
+      if (i % 16 == 0) __syncwarp();  // or all are loaded at once, into registers that there are not
       const float4 before = is_first ? make_float4(0, 0, 0, 0) : total(i);
       o[i] = merge(before.x, factor[0], weight[0], o[i]);
       o[i + 1] = merge(before.y, factor[0], weight[0], o[i + 1]);

