@@ -285,6 +285,28 @@ def bench_dense_forward(clock, add, longest):
             speedup=seconds["torch"] / seconds["ours"])
 
 
+def bench_backward(clock, add, longest):
+    """Gradients alone: sparse of independent and realistic selections, dense, and torch's."""
+    for keys in (32 * K, 128 * K):
+        if keys > longest:
+            continue
+        q, k, v, _, _ = tensors(keys, keys, requires_grad=True)
+        cu = (bounds(keys), bounds(keys))
+        for realistic in (False, True):
+            blocks = random_blocks(keys, keys, realistic)
+            out, _ = msa.sparse_attention(q, k, v, blocks, *cu, BLOCK)
+            seconds = clock(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True))
+            pairs = (blocks >= 0).sum().item() / HKV * BLOCK - keys * BLOCK / 2
+            add("sparse_backward", {"queries": keys, "keys": keys, "selection": "realistic" if realistic else "independent"},
+                {"backward": seconds}, {"backward": 10 * pairs * HQ * D})
+        if keys > 32 * K:
+            continue
+        saved = msa.sparse_attention(q, k, v, random_blocks(keys, keys, False), *cu, BLOCK)  # any out and lse serve
+        seconds = clock(lambda: torch.ops.msa.dense_attention_backward(saved[0], None, q, k, v, *saved, *cu), repeats=5)
+        add("dense_backward", {"queries": keys, "keys": keys}, {"backward": seconds},
+            {"backward": 10 * visible_pairs(keys, keys) * HQ * D})
+
+
 def bench_training(clock, add, longest):
     for keys in (32 * K, 128 * K):
         if keys > longest:
@@ -312,6 +334,7 @@ PARTS = {
     "index_scan": bench_index_scan,
     "sparse_forward": bench_sparse_forward,
     "dense_forward": bench_dense_forward,
+    "backward": bench_backward,
     "training": bench_training,
 }
 

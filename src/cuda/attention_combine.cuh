@@ -78,15 +78,8 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpSize) combine_partials(Com
   if (a.tiles.has(kv_head, local)) return;
   const std::int32_t query = a.first_query + local;
   const std::int64_t first = (std::int64_t{local} * a.kv_heads + kv_head) * a.topk * a.group_size + member;
-  const QueryPlace place = a.batch.place(query);
   // Batch and selection were there before the kernel this one may overlap with; its partial results were not.
-  std::uint64_t valid = 0;
-  for (std::int32_t base = 0; base < a.topk; base += kWarpSize) {
-    const std::int32_t slot = base + static_cast<std::int32_t>(lane);
-    const bool is_visit = place.sequence >= 0 && slot < a.topk &&
-                          visible_tokens(*a.blocks.at(kv_head, query, slot), place.position, a.block_size) > 0;
-    valid |= static_cast<std::uint64_t>(__ballot_sync(kFullMask, is_visit)) << base;
-  }
+  const std::uint64_t valid = visited_slots(a.batch, a.blocks, kv_head, query, a.topk, a.block_size);
   ptx::griddepcontrol_wait();
 
   RunningWeights weights;

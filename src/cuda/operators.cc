@@ -4,6 +4,9 @@
 // agree. docs/cuda.md has the table.
 #include "src/cuda/operators.h"
 
+#include <algorithm>
+
+#include "src/cuda/attention_backward.h"
 #include "src/cuda/dense_attention.h"
 #include "src/cuda/generic/attention.h"
 #include "src/cuda/generic/block_mass.h"
@@ -67,10 +70,16 @@ std::size_t sparse_attention_workspace(const SparseAttentionParams& params) {
 
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
                                const AttentionGrads& grads) {
-  generic::attention_backward(context.stream, context.workspace, params, saved, grads);
+  if (takes_backward(params) && takes_gradient(saved.dout)) {
+    const AttentionBackwardPlan plan = plan_attention_backward(params, context.workspace_bytes);
+    run_attention_backward(context, params, plan, saved, grads);
+  } else {
+    generic::attention_backward(context.stream, context.workspace, params, saved, grads);
+  }
 }
 std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params) {
-  return generic::attention_backward_workspace(params);
+  const std::size_t plain = generic::attention_backward_workspace(params);  // for a dout that cannot be copied
+  return takes_backward(params) ? std::max(plan_attention_backward(params, 0).bytes, plain) : plain;
 }
 
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
@@ -87,10 +96,16 @@ std::size_t dense_attention_workspace(const DenseAttentionParams& params) {
 
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,
                               const AttentionGrads& grads) {
-  generic::attention_backward(context.stream, context.workspace, generic::over_whole_prefix(params), saved, grads);
+  const SparseAttentionParams whole = generic::over_whole_prefix(params);
+  if (takes_backward(whole) && takes_gradient(saved.dout)) {
+    const AttentionBackwardPlan plan = plan_attention_backward(whole, context.workspace_bytes);
+    run_dense_attention_backward(context, whole, plan, saved, grads);
+  } else {
+    generic::attention_backward(context.stream, context.workspace, whole, saved, grads);
+  }
 }
 std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params) {
-  return generic::attention_backward_workspace(generic::over_whole_prefix(params));
+  return sparse_attention_backward_workspace(generic::over_whole_prefix(params));
 }
 
 void index_kl(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved, float* kl) {

@@ -24,7 +24,8 @@ struct alignas(16) WorkItem {
   std::int32_t kv_head;
   std::int32_t page, row;   ///< of the block's first key: page id (0 when packed) and token within it
   std::int32_t is_partial;  ///< 1: some visit sees less than the whole block
-  std::int32_t unused[2];
+  std::int32_t piece;       ///< number of this item among those of its list
+  std::int32_t pieces;      ///< how many its list has
 };
 
 /// Counters of a chunk, zeroed before it.
@@ -81,6 +82,21 @@ struct ReverseIndex {
 __device__ inline std::int32_t visible_tokens(std::int32_t id, std::int32_t position, std::int32_t block_size) {
   if (id < 0 || position < 0 || id > position / block_size) return 0;
   return min_of(block_size, position - id * block_size + 1);
+}
+
+/// Bit i: slot i of the query holds a block that it visits. All lanes of a warp call it with the same arguments.
+__device__ inline std::uint64_t visited_slots(const BatchView& batch, const Strided<const std::int32_t>& blocks,
+                                              std::int32_t kv_head, std::int32_t query, std::int32_t topk,
+                                              std::int32_t block_size) {
+  const QueryPlace place = batch.place(query);
+  std::uint64_t slots = 0;
+  for (std::int32_t base = 0; base < topk; base += kWarpSize) {
+    const std::int32_t slot = base + static_cast<std::int32_t>(threadIdx.x % kWarpSize);
+    const bool is_visit = place.sequence >= 0 && slot < topk &&
+                          visible_tokens(*blocks.at(kv_head, query, slot), place.position, block_size) > 0;
+    slots |= static_cast<std::uint64_t>(__ballot_sync(kFullMask, is_visit)) << base;
+  }
+  return slots;
 }
 
 /// The lane's visit of `slot`: its bin, and what it sees (0: no visit).
@@ -183,7 +199,9 @@ __device__ inline void locate_block(const ReverseIndex& a, std::int32_t block, W
     item.kv_head = bin / a.blocks_bound;
     item.is_partial = a.partial[bin];
     locate_block(a, bin % a.blocks_bound, item);
-    for (std::int32_t done = 0; done < count; done += a.visits_per_item) {
+    item.pieces = ceil_div(count, a.visits_per_item);
+    for (; item.piece < item.pieces; ++item.piece) {
+      const std::int32_t done = item.piece * a.visits_per_item;
       item.first = place + done;
       item.count = min_of(a.visits_per_item, count - done);
       a.items[number++] = item;

@@ -46,7 +46,7 @@ namespace {
 const bool kRegistered = [] {
   testing::device_targets() = [] {
     static void* const workspace = [] {
-      constexpr std::size_t kBytes = std::size_t{4} << 20;
+      constexpr std::size_t kBytes = std::size_t{64} << 20;
       void* memory = allocate(kBytes);
       std::memset(memory, 0xff, kBytes);
       return memory;
@@ -55,7 +55,7 @@ const bool kRegistered = [] {
     target.name = "cuda, emulated";
     target.context.backend = Backend::kCuda;
     target.context.workspace = workspace;
-    target.context.workspace_bytes = std::size_t{4} << 20;
+    target.context.workspace_bytes = std::size_t{64} << 20;
     return std::vector<testing::Target>{target};
   };
   return true;

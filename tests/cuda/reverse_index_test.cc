@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The lists of visits, the work items and the tiles of queries made of a selection: every valid (query, slot) once,
-// under the right block, nothing else, items that cover the lists, and tiles that share as much as they must.
+// under the right block, nothing else, items that cover the lists,
+// lists in order where that is asked for, and tiles that share as much as they must.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -11,6 +12,7 @@
 #include "src/core/layout.h"
 #include "src/cuda/query_tiles.cuh"
 #include "src/cuda/reverse_index.cuh"
+#include "src/cuda/sorted_visits.cuh"
 #include "tests/unit/support/problem.h"
 
 namespace msa::cuda {
@@ -168,6 +170,11 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
     launch(grid, dim3(kIndexThreads), 0, nullptr, count_visits, index);
     launch(dim3(1), dim3(kPlanThreads), kPlanThreads * 8, nullptr, plan_items, index);
     launch(grid, dim3(kIndexThreads), 0, nullptr, place_visits, index);
+    const std::int32_t span = per_item == 5 ? kSortSpan : 96;  // one look at a list, or several
+    std::vector<Visit> sorted(most, Visit{-7, -7});
+    launch(dim3(static_cast<unsigned>(bins)), dim3(kIndexThreads), sort_shared_bytes(queries, span), nullptr,
+           sort_visits, index, sorted.data(), span);
+    visits = sorted;
   }
 
   std::multiset<Entry> got;
@@ -176,6 +183,18 @@ void expect_index(const SparseAttentionParams& params, std::int64_t first, std::
   for (std::int32_t i = 0; i < totals.items; ++i) {
     const WorkItem& item = items[static_cast<std::size_t>(i)];
     EXPECT_LE(item.count, per_item);
+    if (!is_direct) {
+      ASSERT_LT(item.piece, item.pieces);
+      const WorkItem& before = items[static_cast<std::size_t>(item.piece > 0 ? i - 1 : i)];
+      if (item.piece > 0) {
+        EXPECT_EQ(before.piece, item.piece - 1);
+        EXPECT_EQ(before.first + before.count, item.first);
+      }
+      for (std::int32_t j = before.first + 1; j < item.first + item.count; ++j) {
+        const auto at = static_cast<std::size_t>(j);
+        ASSERT_LT(visits[at - 1].query, visits[at].query) << "a list is not in order";
+      }
+    }
     bool is_partial = false;
     for (std::int32_t j = item.first; j < item.first + item.count; ++j) {
       const Visit visit = visits[static_cast<std::size_t>(j)];

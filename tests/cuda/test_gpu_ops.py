@@ -216,7 +216,7 @@ def gradients(function, inputs, names, seed=5):
 
 @reduced
 @shapes
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_attention_gradients(name, dtype, sparse):
     inputs = make_inputs(ALL[name], dtype)
@@ -399,6 +399,32 @@ def test_values_that_are_not_finite(dtype):
     truth = msa.sparse_attention(*(t.float() for t in (inputs.q, inputs.k, inputs.v)), blocks, *inputs.cu, 64)[0].double()
     assert torch.equal(out.isnan(), truth.isnan()) and torch.equal(out.isinf(), truth.isinf())
     assert torch.allclose(out, truth, rtol=5e-2, atol=5e-2, equal_nan=True)
+
+
+@fast_shapes
+@narrow
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_gradients_do_not_depend_on_the_batch(name, dtype, sparse):
+    """Every sequence alone gives the bits that it has in the batch."""
+    inputs = make_inputs(FAST[name], dtype)
+    given = support.random_blocks(inputs)
+    weights = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(4)).to(dtype).cuda()
+
+    def grads(rows, keys, cu):
+        leaves = [t.cuda().requires_grad_() for t in (inputs.q[rows], inputs.k[keys], inputs.v[keys])]
+        if sparse:
+            out, _ = msa.sparse_attention(*leaves, given[:, rows].cuda(), *cu, inputs.shape.block_size)
+        else:
+            out, _ = msa.dense_attention(*leaves, *cu)
+        return torch.autograd.grad(out, leaves, weights[rows])
+
+    whole = grads(slice(None), slice(None), [t.cuda() for t in inputs.cu])
+    cu_q, cu_k = (t.tolist() for t in inputs.cu)
+    for s in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        cu = [torch.tensor([0, part.stop - part.start], dtype=torch.int32).cuda() for part in (rows, keys)]
+        for alone, all_of, part in zip(grads(rows, keys, cu), whole, (rows, keys, keys)):
+            assert same_bits(alone, all_of[part])
 
 
 @fast_shapes

@@ -23,6 +23,8 @@ HOT = {
     "attend_blocks": "HGMMA",
     "attend_prefix": "HGMMA",
     "attend_shared_tiles": "HGMMA",
+    "attend_blocks_backward": "HGMMA",
+    "attend_prefix_backward": "HGMMA",
 }
 SOURCES = sorted((ROOT / "src/cuda").rglob("*.cu*"))
 

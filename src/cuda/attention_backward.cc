@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// See attention_backward.h.
+#include "src/cuda/attention_backward.h"
+
+#include <algorithm>
+#include <string>
+
+#include "msa/error.h"
+#include "src/cuda/sparse_attention.h"
+
+namespace msa::cuda {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kStatsBytes = 8;
+
+std::size_t take(std::size_t& end, std::int64_t bytes) {
+  const std::size_t at = end;
+  end += (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+  return at;
+}
+
+AttentionBackwardPlan lay_out(const SparseAttentionParams& params, std::int64_t tiles_per_piece, std::int64_t heads,
+                              std::int64_t queries) {
+  const std::int64_t rows = params.q.size(0), query_heads = params.q.size(1), head_dim = params.q.size(2);
+  const std::int64_t group = query_heads / params.k.size(1);
+  const bool is_dense = params.blocks.empty();
+  const std::int64_t topk = is_dense ? 0 : params.blocks.size(2);
+  const BackwardTiles tiles = backward_tiles(head_dim, params.block_size);
+
+  AttentionBackwardPlan plan;
+  plan.heads_at_once = heads;
+  plan.queries_at_once = queries;
+  plan.positions_per_tile = tiles.rows / group;
+  plan.visits_per_piece = plan.positions_per_tile * tiles_per_piece;
+  plan.blocks_bound = params.k.size(0) / params.block_size + params.batch.sequences();
+  const std::int64_t visits = heads * rows * topk;
+  const std::int64_t bins = heads * plan.blocks_bound;
+  plan.max_items = is_dense ? bins : std::min(visits, bins + visits / plan.visits_per_piece);
+
+  std::size_t end = 0;
+  plan.totals = take(end, 8);
+  plan.counts = take(end, bins * 4);
+  plan.partial_flags = take(end, bins * 4);
+  plan.zero_end = end;
+  plan.visits = take(end, visits * kVisitBytes);
+  plan.sorted = take(end, visits * kVisitBytes);
+  plan.items = take(end, plan.max_items * kItemBytes);
+  plan.stats = take(end, rows * query_heads * kStatsBytes);
+  plan.sums = take(end, plan.max_items * tiles.slot_floats * 4);
+  plan.partial = take(end, heads * queries * topk * group * head_dim * 2);
+  plan.bytes = end;
+  return plan;
+}
+
+/// The largest number in [1, most] that fits, 0 when none does; bytes grow with it.
+template <class Fits>
+std::int64_t largest(std::int64_t most, const Fits& fits) {
+  std::int64_t low = 0, high = most + 1;  // low fits, as a formality, high does not
+  while (high - low > 1) {
+    const std::int64_t middle = low + (high - low) / 2;
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+}  // namespace
+
+bool takes_backward(const SparseAttentionParams& params) { return is_fast_geometry(params) && has_fast_layout(params); }
+
+bool takes_gradient(const ConstTensorView& dout) { return is_copyable(dout); }
+
+AttentionBackwardPlan plan_attention_backward(const SparseAttentionParams& params, std::size_t limit,
+                                              std::int64_t tiles_per_piece) {
+  const std::int64_t kv_heads = params.k.size(1);
+  const std::int64_t rows = std::max<std::int64_t>(1, params.q.size(0));
+  const auto lay = [&](std::int64_t heads, std::int64_t queries) {
+    return lay_out(params, tiles_per_piece, heads, queries);
+  };
+  if (limit == 0) {
+    limit = std::max(kDefaultBackwardWorkspace, lay(1, std::min(rows, kMinBackwardQueries)).bytes);
+  }
+  // Fewer heads first: they share nothing. Fewer queries cost what is said in the page.
+  const std::int64_t heads = largest(kv_heads, [&](std::int64_t n) { return lay(n, rows).bytes <= limit; });
+  if (heads > 0) return lay(heads, rows);
+  const std::int64_t queries = largest(rows, [&](std::int64_t n) { return lay(1, n).bytes <= limit; });
+  if (queries > 0) return lay(1, queries);
+  std::string text = params.blocks.empty() ? "dense" : "sparse";
+  text += "_attention_backward: workspace_limit: one kv head and query take ";
+  text += std::to_string(lay(1, 1).bytes);
+  text += " bytes, the limit is ";
+  text += std::to_string(limit);
+  throw Error(text);
+}
+
+}  // namespace msa::cuda
