@@ -307,6 +307,29 @@ def bench_backward(clock, add, longest):
             {"backward": 10 * visible_pairs(keys, keys) * HQ * D})
 
 
+def bench_index_kl(clock, add, longest):
+    """Both stages, forward and with the backward. Operations: the teacher's and the student's scores, which the forward takes
+    twice (log-sums first) and a backward once more (in the warmup stage once for queries and once for keys), and two
+    products of (Q - P)."""
+    for keys, warmup in ((32 * K, False), (128 * K, False), (8 * K, True), (32 * K, True)):
+        if keys > longest:
+            continue
+        q, k, _, q_idx, k_idx = tensors(keys, keys)
+        cu = (bounds(keys), bounds(keys))
+        blocks = None if warmup else random_blocks(keys, keys, realistic=True)
+        pairs = visible_pairs(keys, keys) if warmup else (blocks >= 0).sum().item() / HKV * BLOCK - keys * BLOCK / 2
+        leaves = (q_idx.requires_grad_(), k_idx.requires_grad_())
+
+        def forward():
+            return msa.index_kl(*leaves, q, k, blocks, *cu, BLOCK)
+
+        seconds = {"forward": clock(forward, repeats=5)}
+        seconds["both"] = clock(lambda: torch.autograd.grad(forward(), leaves), repeats=5)
+        scores, index = 2 * pairs * (HQ + HKV) * D, 2 * pairs * HKV * D
+        add("index_kl", {"queries": keys, "keys": keys, "stage": "warmup" if warmup else "sparse"}, seconds,
+            {"forward": 2 * scores, "both": (4 if warmup else 3) * scores + 2 * index})
+
+
 def bench_training(clock, add, longest):
     for keys in (32 * K, 128 * K):
         if keys > longest:
@@ -335,6 +358,7 @@ PARTS = {
     "sparse_forward": bench_sparse_forward,
     "dense_forward": bench_dense_forward,
     "backward": bench_backward,
+    "index_kl": bench_index_kl,
     "training": bench_training,
 }
 

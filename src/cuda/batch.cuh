@@ -50,6 +50,21 @@ struct BatchView {
     return low < sequences ? low : -1;
   }
 
+  /// The last sequence s with first(s) <= number, where `first` does not descend. O(log sequences).
+  template <class First>
+  __device__ std::int32_t last_sequence(std::int32_t number, const First& first) const {
+    std::int32_t low = 0, high = sequences - 1;
+    while (low < high) {
+      const std::int32_t middle = low + (high - low + 1) / 2;
+      if (first(middle) <= number) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+
   __device__ QueryPlace place(std::int32_t row) const {
     QueryPlace place;
     place.sequence = sequence_of(row);
@@ -90,16 +105,7 @@ __device__ inline std::int32_t first_block(const BatchView& batch, std::int32_t 
 /// The sequence that block number `block` of the batch belongs to: the last one whose first block is not behind it.
 __device__ inline std::int32_t sequence_of_block(const BatchView& batch, std::int32_t block, std::int32_t block_size,
                                                  std::int32_t page) {
-  std::int32_t low = 0, high = batch.sequences - 1;
-  while (low < high) {
-    const std::int32_t middle = low + (high - low + 1) / 2;
-    if (first_block(batch, middle, block_size, page) <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
+  return batch.last_sequence(block, [&](std::int32_t s) { return first_block(batch, s, block_size, page); });
 }
 
 /// Rows of keys, values or index keys: [tokens, heads, dim] or [pages, page, heads, dim]; without a head dimension head

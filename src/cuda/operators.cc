@@ -12,6 +12,7 @@
 #include "src/cuda/generic/block_mass.h"
 #include "src/cuda/generic/index_kl.h"
 #include "src/cuda/generic/select_blocks.h"
+#include "src/cuda/index_kl.h"
 #include "src/cuda/runtime.h"
 #include "src/cuda/select_blocks.h"
 #include "src/cuda/sparse_attention.h"
@@ -109,15 +110,28 @@ std::size_t dense_attention_backward_workspace(const DenseAttentionParams& param
 }
 
 void index_kl(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved, float* kl) {
-  generic::index_kl(context.stream, context.workspace, params, saved, kl);
+  if (takes_index_kl(params)) {
+    run_fast_index_kl(context, params, plan_fast_index_kl(params, context.workspace_bytes), saved, kl);
+  } else {
+    generic::index_kl(context.stream, context.workspace, params, saved, kl);
+  }
 }
-std::size_t index_kl_workspace(const IndexKlParams& params) { return generic::index_kl_workspace(params); }
+std::size_t index_kl_workspace(const IndexKlParams& params) {
+  return takes_index_kl(params) ? plan_fast_index_kl(params, 0).bytes : generic::index_kl_workspace(params);
+}
 
 void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
                        const float* grad_output, const TensorView& dq_idx, const TensorView& dk_idx) {
-  generic::index_kl_backward(context.stream, params, saved, grad_output, dq_idx, dk_idx);
+  if (takes_index_kl(params)) {
+    run_fast_index_kl_backward(context, params, plan_fast_index_kl_backward(params, context.workspace_bytes), saved, grad_output, dq_idx,
+                               dk_idx);
+  } else {
+    generic::index_kl_backward(context.stream, params, saved, grad_output, dq_idx, dk_idx);
+  }
 }
-std::size_t index_kl_backward_workspace(const IndexKlParams&) { return 0; }
+std::size_t index_kl_backward_workspace(const IndexKlParams& params) {
+  return takes_index_kl(params) ? plan_fast_index_kl_backward(params, 0).bytes : 0;
+}
 
 void selection_recall(const Context& context, const SelectionRecallParams& params, float* recalls, std::int64_t* rows) {
   generic::selection_recall(context.stream, context.workspace, params, recalls, rows);

@@ -259,6 +259,32 @@ def test_index_kl(name, dense, teacher):
 
 
 @reduced
+@fast_shapes
+@pytest.mark.parametrize("dtype,teacher", [(torch.bfloat16, "mean"), (torch.float16, "max")], ids=str)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "warmup"])
+def test_index_kl_of_narrow_types(name, dtype, dense, teacher):
+    """The fast kernels, value and gradients by the tolerance rule; and the same bits once more."""
+    inputs = make_inputs(FAST[name], dtype)
+    blocks = None if dense else support.random_blocks(inputs)
+    queries = sum(lq for lq, _ in inputs.shape.lengths)
+
+    def run(kl, move, kind):
+        leaves = [move(t.to(kind)).requires_grad_() for t in (inputs.q_idx, inputs.k_idx)]
+        main = [move(t.to(kind)) for t in (inputs.q, inputs.k)]
+        value = kl(
+            *leaves, *main, None if dense else move(blocks), *map(move, inputs.cu), inputs.shape.block_size, teacher=teacher
+        )
+        return [value[None], *torch.autograd.grad(value * queries, leaves)]  # a sum keeps gradients within float16
+
+    truth = run(support.naive_index_kl, lambda t: t, torch.float64)
+    naive = run(support.naive_index_kl, lambda t: t, dtype)
+    actual = run(msa.index_kl, on_gpu, dtype)
+    for what, *results in zip(("value", "dq_idx", "dk_idx"), actual, truth, naive):
+        hold(*results, dtype, what)
+    assert all(same_bits(a, b) for a, b in zip(run(msa.index_kl, on_gpu, dtype), actual))
+
+
+@reduced
 @shapes
 def test_oracle_and_recall(name):
     inputs = make_inputs(ALL[name], seed=3)

@@ -25,6 +25,7 @@ HOT = {
     "attend_shared_tiles": "HGMMA",
     "attend_blocks_backward": "HGMMA",
     "attend_prefix_backward": "HGMMA",
+    "kl_pairs": "HGMMA",
 }
 SOURCES = sorted((ROOT / "src/cuda").rglob("*.cu*"))
 

@@ -7,9 +7,6 @@
 namespace msa::cuda::generic {
 namespace {
 
-/// Threads of the one block that sums the rows' values.
-constexpr int kSumThreads = 256;
-
 KlArgs make_args(const IndexKlParams& params, const IndexKlSaved& saved) {
   KlArgs args;
   args.q_idx = rows_of(params.q_idx);
@@ -55,7 +52,7 @@ KlPlan plan_index_kl(const IndexKlParams& params, const IndexKlSaved& saved, voi
                             plan.args.kv_heads, *params.index_scale, plan.args.lse_index);
   plan.rows = row_shape(plan.args);
   plan.sum_args = {plan.args.row_values, plan.args.batch, plan.args.kv_heads, kl};
-  plan.sum = {1, 1, kSumThreads, kSumThreads * sizeof(double)};
+  plan.sum = kl_sum_shape();
   return plan;
 }
 

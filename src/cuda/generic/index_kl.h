@@ -37,6 +37,9 @@ struct KlSumArgs {
   float* kl = nullptr;
 };
 
+/// kl_sum: 256 threads, a double each.
+constexpr LaunchShape kl_sum_shape() { return {1, 1, 256, 256 * sizeof(double)}; }
+
 struct KlPlan {
   AttendPlan lse_main, lse_index;
   KlArgs args;
