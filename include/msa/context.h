@@ -25,8 +25,8 @@ struct Context {
   /// Worker threads of a call; 0 means one for each hardware thread. Results do not depend on it.
   int threads = 0;
   /// Most bytes of scratch memory a call may take, inputs and outputs apart; 0 means no limit. A plan that cannot be
-  /// cut down to it makes the call throw msa::Error with the bytes it needs. Not looked at on kCuda, which takes
-  /// `workspace` and nothing else.
+  /// cut down to it makes the call throw msa::Error with the bytes it needs. On kCuda it bounds what the `..._workspace`
+  /// functions ask for, and what a call uses of a larger workspace.
   std::size_t workspace_limit = 0;
 
   // kCuda only. A call runs on the calling thread's current device and enqueues its work on `stream`.

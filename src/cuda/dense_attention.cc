@@ -3,9 +3,8 @@
 #include "src/cuda/dense_attention.h"
 
 #include <algorithm>
-#include <string>
 
-#include "msa/error.h"
+#include "src/cuda/chunks.h"
 
 namespace msa::cuda {
 namespace {
@@ -67,24 +66,11 @@ bool has_fast_layout(const DenseAttentionParams& params) {
 
 DenseAttentionPlan plan_dense_attention(const DenseAttentionParams& params, std::size_t limit, std::int64_t span_keys) {
   const std::int64_t queries = std::max<std::int64_t>(1, params.q.size(0));
-  DenseAttentionPlan plan = lay_out(params, queries, span_keys);
+  const DenseAttentionPlan plan = lay_out(params, queries, span_keys);
   if (!plan.is_split) return plan;  // a list of tiles, small beside the queries themselves
-  if (limit == 0) limit = kDenseWorkspace;
-  if (plan.bytes <= limit) return plan;
-  std::int64_t low = 0, high = queries;  // the largest number that fits: low fits (0 as a formality), high does not
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (lay_out(params, middle, span_keys).bytes <= limit ? low : high) = middle;
-  }
-  plan = lay_out(params, std::max<std::int64_t>(1, low), span_keys);
-  if (plan.bytes > limit) {
-    std::string text = "dense_attention: workspace_limit: one query takes ";
-    text += std::to_string(plan.bytes);
-    text += " bytes, the limit is ";
-    text += std::to_string(limit);
-    throw Error(text);
-  }
-  return plan;
+  const auto bytes_of = [&](std::int64_t chunk) { return lay_out(params, chunk, span_keys).bytes; };
+  const std::int64_t chunk = largest_chunk(queries, 1, limit == 0 ? kDenseWorkspace : limit, bytes_of);
+  return lay_out(params, chunk, span_keys);
 }
 
 }  // namespace msa::cuda

@@ -41,7 +41,7 @@ bool is_fast_geometry(const DenseAttentionParams& params);
 /// Whether the copy engine can read q, k and v: 16-byte aligned, strides multiples of 16 bytes.
 bool has_fast_layout(const DenseAttentionParams& params);
 
-/// `limit`: most bytes of workspace, 0 for kDenseWorkspace. Throws msa::Error when one query does not fit.
+/// `limit`: most bytes of workspace, 0 for kDenseWorkspace. More than that only when one query takes more.
 DenseAttentionPlan plan_dense_attention(const DenseAttentionParams& params, std::size_t limit,
                                         std::int64_t span_keys = kDenseSpanKeys);
 

@@ -22,21 +22,22 @@ namespace msa::cuda {
 
 namespace {
 
-SelectPlan plan_of(const SelectBlocksParams& params) {
-  return plan_select(shape_of(params), SelectSchedule::kAuto, core::screen_switch());
+SelectPlan plan_of(const SelectBlocksParams& params, std::size_t limit) {
+  return plan_select(shape_of(params), SelectSchedule::kAuto, core::screen_switch(), limit);
 }
 
 }  // namespace
 
 void select_blocks(const Context& context, const SelectBlocksParams& params, const TensorView& blocks) {
   if (takes_select(params)) {
-    launch_select(plan_of(params), params, blocks, context.workspace, multiprocessor_count(), context.stream);
+    const SelectPlan plan = plan_of(params, context.workspace_bytes);
+    launch_select(plan, params, blocks, context.workspace, multiprocessor_count(), context.stream);
   } else {
     generic::select_blocks(context.stream, params, blocks);
   }
 }
-std::size_t select_blocks_workspace(const SelectBlocksParams& params) {
-  return takes_select(params) ? plan_of(params).bytes : 0;
+std::size_t select_blocks_workspace(const SelectBlocksParams& params, std::size_t limit) {
+  return takes_select(params) ? plan_of(params, limit).bytes : 0;
 }
 
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks) {
@@ -65,8 +66,8 @@ void sparse_attention(const Context& context, const SparseAttentionParams& param
     generic::attention(context.stream, params, out, lse);
   }
 }
-std::size_t sparse_attention_workspace(const SparseAttentionParams& params) {
-  return is_fast_geometry(params) && has_fast_layout(params) ? plan_sparse_attention(params, 0).bytes : 0;
+std::size_t sparse_attention_workspace(const SparseAttentionParams& params, std::size_t limit) {
+  return is_fast_geometry(params) && has_fast_layout(params) ? plan_sparse_attention(params, limit).bytes : 0;
 }
 
 void sparse_attention_backward(const Context& context, const SparseAttentionParams& params, const AttentionSaved& saved,
@@ -91,8 +92,8 @@ void dense_attention(const Context& context, const DenseAttentionParams& params,
     generic::attention(context.stream, generic::over_whole_prefix(params), out, lse);
   }
 }
-std::size_t dense_attention_workspace(const DenseAttentionParams& params) {
-  return is_fast_geometry(params) && has_fast_layout(params) ? plan_dense_attention(params, 0).bytes : 0;
+std::size_t dense_attention_workspace(const DenseAttentionParams& params, std::size_t limit) {
+  return is_fast_geometry(params) && has_fast_layout(params) ? plan_dense_attention(params, limit).bytes : 0;
 }
 
 void dense_attention_backward(const Context& context, const DenseAttentionParams& params, const AttentionSaved& saved,

@@ -38,13 +38,15 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
 /// `recalls`: block_recall and score_recall, NaN when no row counts; `rows`: the rows in the mean. Device memory.
 void selection_recall(const Context& context, const SelectionRecallParams& params, float* recalls, std::int64_t* rows);
 
-// Bytes of device scratch, from shapes alone: no tensor and no span is read.
-std::size_t select_blocks_workspace(const SelectBlocksParams& params);
+// Bytes of device scratch, from shapes alone: no tensor and no span is read. An operator that works in chunks takes the
+// most bytes it may ask for (0: no limit) and gives no more than that, or else the least that it can do with. The front
+// door holds what they give against Context::workspace_limit.
+std::size_t select_blocks_workspace(const SelectBlocksParams& params, std::size_t limit);
 std::size_t select_blocks_oracle_workspace(const OracleBlocksParams& params);
 std::size_t topk_blocks_workspace(const TopkBlocksParams& params);
-std::size_t sparse_attention_workspace(const SparseAttentionParams& params);
+std::size_t sparse_attention_workspace(const SparseAttentionParams& params, std::size_t limit);
 std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params);
-std::size_t dense_attention_workspace(const DenseAttentionParams& params);
+std::size_t dense_attention_workspace(const DenseAttentionParams& params, std::size_t limit);
 std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params);
 std::size_t index_kl_workspace(const IndexKlParams& params);
 std::size_t index_kl_backward_workspace(const IndexKlParams& params);

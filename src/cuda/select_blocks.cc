@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "src/cuda/chunks.h"
+
 namespace msa::cuda {
 namespace {
 
@@ -45,7 +47,35 @@ bool takes_select(const SelectBlocksParams& params) {
          is_aligned(params.q_idx) && is_aligned(params.k_idx);
 }
 
-SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::ScreenSwitch screening) {
+namespace {
+
+/// Of 16-bit copies of float8 keys.
+std::int64_t wide_bytes_of(const SelectShape& shape) { return shape.narrow_keys * shape.index_dim * 2; }
+
+/// Cuts `shape` into chunks of `chunk` queries and places what they need.
+void lay_out(SelectPlan& plan, const SelectShape& shape, core::ScreenSwitch screening, std::int64_t chunk) {
+  plan.chunk_queries = chunk;
+  const std::int64_t chunk_rows = chunk * shape.groups;
+  const std::int64_t sequences = std::max<std::int64_t>(shape.sequences, 1);
+  plan.most_tiles = chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, chunk);
+  plan.most_items = plan.most_tiles * divide_up(plan.most_key_tiles, plan.span_tiles);
+
+  WorkspaceLayout layout;
+  layout.place(256);  // counts
+  plan.sequence_tiles = layout.place((shape.sequences + 1) * 4);
+  plan.tiles = layout.place(plan.most_tiles * 16);
+  plan.items = layout.place(plan.most_items * 8);
+  plan.maxima = layout.place(chunk_rows * plan.maxima_stride * static_cast<std::int64_t>(sizeof(float)));
+  if (plan.widens) plan.wide_keys = layout.place(wide_bytes_of(shape));
+  const bool many = plan.schedule == SelectSchedule::kManyRows;
+  plan.screen = plan_screening(shape, many, chunk, plan.most_key_tiles, screening, layout);
+  plan.bytes = layout.bytes();
+}
+
+}  // namespace
+
+SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::ScreenSwitch screening,
+                       std::size_t limit) {
   SelectPlan plan;
   const std::int64_t rows = shape.query_rows * shape.groups;
   const std::int64_t sequences = std::max<std::int64_t>(shape.sequences, 1);
@@ -54,7 +84,7 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::
     // A tile of many rows is worth it when it is full; of tiles of few rows, two read the same keys then.
     plan.schedule = rows / sequences >= kSelectManyRows ? SelectSchedule::kManyRows : SelectSchedule::kFewRows;
   }
-  const std::int64_t wide_bytes = shape.narrow_keys * shape.index_dim * 2;
+  const std::int64_t wide_bytes = wide_bytes_of(shape);
   if (wide_bytes > kSelectMostWideBytes) plan.schedule = SelectSchedule::kFewRows;
   const bool many = plan.schedule == SelectSchedule::kManyRows;
   plan.widens = many && wide_bytes > 0;
@@ -69,26 +99,19 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule, core::
   }
   plan.maxima_stride = round_up_to(plan.most_key_tiles * kSelectTileKeys / shape.block_size, 8);
 
-  // Chunks of whole tiles, whatever the groups: a multiple of 256 queries.
   const std::int64_t row_bytes = plan.maxima_stride * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t query_bytes = std::max<std::int64_t>(row_bytes * shape.groups, 1);
-  plan.chunk_queries =
-      std::min(std::max<std::int64_t>(kSelectMaximaBytes / query_bytes / 256, 1) * 256, shape.query_rows);
-
-  const std::int64_t chunk_rows = plan.chunk_queries * shape.groups;
-  plan.most_tiles =
-      chunk_rows == 0 ? 0 : divide_up(chunk_rows, plan.tile_rows) + std::min(sequences, plan.chunk_queries);
-  plan.most_items = plan.most_tiles * divide_up(plan.most_key_tiles, plan.span_tiles);
-
-  WorkspaceLayout layout;
-  layout.place(256);  // counts
-  plan.sequence_tiles = layout.place((shape.sequences + 1) * 4);
-  plan.tiles = layout.place(plan.most_tiles * 16);
-  plan.items = layout.place(plan.most_items * 8);
-  plan.maxima = layout.place(chunk_rows * row_bytes);
-  if (plan.widens) plan.wide_keys = layout.place(wide_bytes);
-  plan.screen = plan_screening(shape, many, plan.chunk_queries, plan.most_key_tiles, screening, layout);
-  plan.bytes = layout.bytes();
+  const std::int64_t most = std::max<std::int64_t>(kSelectMaximaBytes / query_bytes / kSelectChunkStep, 1);
+  const auto fit = [&](core::ScreenSwitch wanted) {
+    const auto bytes_of = [&](std::int64_t chunk) {
+      lay_out(plan, shape, wanted, chunk);
+      return plan.bytes;
+    };
+    bytes_of(largest_chunk(std::min(most * kSelectChunkStep, shape.query_rows), kSelectChunkStep, limit, bytes_of));
+  };
+  fit(screening);
+  // The copies that screening makes may be more than all there is; the selection is the same without.
+  if (limit != 0 && plan.bytes > limit) fit(core::ScreenSwitch::kNever);
   return plan;
 }
 

@@ -24,7 +24,9 @@ inline constexpr std::int64_t kSelectManyRows = 256;
 inline constexpr std::int64_t kSelectManySpan = 32;
 inline constexpr std::int64_t kSelectFewSpan = 8;
 inline constexpr std::int64_t kSelectSpanMultiple = 4;  ///< maxima are written four blocks at a time
-/// Bytes of block maxima that one chunk of queries may leave in the workspace, as long as it has a tile of rows.
+/// Queries a chunk are a multiple of this, so that tiles are whole whatever the groups.
+inline constexpr std::int64_t kSelectChunkStep = 256;
+/// Bytes of block maxima that one chunk of queries may leave in the workspace, as long as it has a step of them.
 inline constexpr std::int64_t kSelectMaximaBytes = std::int64_t{256} << 20;
 /// Bytes of 16-bit copies of float8 keys beyond which there are none: such keys are read by tiles of few rows.
 inline constexpr std::int64_t kSelectMostWideBytes = std::int64_t{2} << 30;
@@ -94,8 +96,10 @@ struct SelectPlan {
   }
 };
 
+/// `limit`: most bytes of workspace, 0 for no limit but kSelectMaximaBytes; it takes screening away before the call.
+/// More than that only when one step of queries takes more.
 SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule = SelectSchedule::kAuto,
-                       core::ScreenSwitch screening = core::ScreenSwitch::kAuto);
+                       core::ScreenSwitch screening = core::ScreenSwitch::kAuto, std::size_t limit = 0);
 SelectShape shape_of(const SelectBlocksParams& params);
 
 /// Whether the kernels take these tensors: queries of bfloat16 or float16, keys of the same or of float8, index_dim 64

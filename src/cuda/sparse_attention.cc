@@ -3,9 +3,8 @@
 #include "src/cuda/sparse_attention.h"
 
 #include <algorithm>
-#include <string>
 
-#include "msa/error.h"
+#include "src/cuda/chunks.h"
 
 namespace msa::cuda {
 namespace {
@@ -83,25 +82,10 @@ bool has_fast_layout(const SparseAttentionParams& params) {
 
 SparseAttentionPlan plan_sparse_attention(const SparseAttentionParams& params, std::size_t limit,
                                           const AttentionOrders& orders) {
-  if (limit == 0) limit = kDefaultWorkspace;
   const std::int64_t queries = std::max<std::int64_t>(1, params.q.size(0));
-  SparseAttentionPlan plan = lay_out(params, queries, orders);
-  if (plan.bytes <= limit) return plan;
-  // The largest number that fits: bytes grow with the queries, but for the step where sorting begins, so look below it.
-  std::int64_t low = 0, high = queries;  // low fits (0 as a formality), high does not
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (lay_out(params, middle, orders).bytes <= limit ? low : high) = middle;
-  }
-  plan = lay_out(params, std::max<std::int64_t>(1, low), orders);
-  if (plan.bytes > limit) {
-    std::string text = "sparse_attention: workspace_limit: one query takes ";
-    text += std::to_string(plan.bytes);
-    text += " bytes, the limit is ";
-    text += std::to_string(limit);
-    throw Error(text);
-  }
-  return plan;
+  // Bytes grow with the queries but for the step where sorting begins: a chunk below it is found, if not the largest.
+  const auto bytes_of = [&](std::int64_t chunk) { return lay_out(params, chunk, orders).bytes; };
+  return lay_out(params, largest_chunk(queries, 1, limit == 0 ? kDefaultWorkspace : limit, bytes_of), orders);
 }
 
 }  // namespace msa::cuda

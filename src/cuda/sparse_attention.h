@@ -55,7 +55,7 @@ bool is_fast_geometry(const SparseAttentionParams& params);
 /// Whether the copy engine can read q, k and v: 16-byte aligned, strides multiples of 16 bytes.
 bool has_fast_layout(const SparseAttentionParams& params);
 
-/// `limit`: most bytes of workspace, 0 for kDefaultWorkspace. Throws msa::Error when one query does not fit.
+/// `limit`: most bytes of workspace, 0 for kDefaultWorkspace. More than that only when one query takes more.
 SparseAttentionPlan plan_sparse_attention(const SparseAttentionParams& params, std::size_t limit,
                                           const AttentionOrders& orders = {});
 

@@ -34,12 +34,12 @@ void index_kl_backward(const Context&, const IndexKlParams&, const IndexKlSaved&
 }
 void selection_recall(const Context&, const SelectionRecallParams&, float*, std::int64_t*) { refuse(); }
 
-std::size_t select_blocks_workspace(const SelectBlocksParams&) { refuse(); }
+std::size_t select_blocks_workspace(const SelectBlocksParams&, std::size_t) { refuse(); }
 std::size_t select_blocks_oracle_workspace(const OracleBlocksParams&) { refuse(); }
 std::size_t topk_blocks_workspace(const TopkBlocksParams&) { refuse(); }
-std::size_t sparse_attention_workspace(const SparseAttentionParams&) { refuse(); }
+std::size_t sparse_attention_workspace(const SparseAttentionParams&, std::size_t) { refuse(); }
 std::size_t sparse_attention_backward_workspace(const SparseAttentionParams&) { refuse(); }
-std::size_t dense_attention_workspace(const DenseAttentionParams&) { refuse(); }
+std::size_t dense_attention_workspace(const DenseAttentionParams&, std::size_t) { refuse(); }
 std::size_t dense_attention_backward_workspace(const DenseAttentionParams&) { refuse(); }
 std::size_t index_kl_workspace(const IndexKlParams&) { refuse(); }
 std::size_t index_kl_backward_workspace(const IndexKlParams&) { refuse(); }

@@ -97,7 +97,8 @@ void sparse_attention(const Context& context, const SparseAttentionParams& param
       context, [&] { reference::sparse_attention(context, resolved, out, lse); },
       [&] { cpu::sparse_attention(context, resolved, out, lse); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::sparse_attention_workspace(resolved),
+        const ops::DeviceCall call(check, context,
+                                   cuda::sparse_attention_workspace(resolved, ops::operator_limit(context)),
                                    device_contents(resolved));
         cuda::sparse_attention(call.context(), resolved, out, lse);
       });
@@ -129,7 +130,8 @@ void dense_attention(const Context& context, const DenseAttentionParams& params,
       context, [&] { reference::dense_attention(context, resolved, out, lse); },
       [&] { cpu::dense_attention(context, resolved, out, lse); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::dense_attention_workspace(resolved),
+        const ops::DeviceCall call(check, context,
+                                   cuda::dense_attention_workspace(resolved, ops::operator_limit(context)),
                                    device_contents(resolved));
         cuda::dense_attention(call.context(), resolved, out, lse);
       });
@@ -154,27 +156,37 @@ void dense_attention_backward(const Context& context, const DenseAttentionParams
 std::size_t sparse_attention_workspace(const Context& context, const SparseAttentionParams& params) {
   const ops::Validator check("sparse_attention", context, ops::Validator::Reads::kShapes);
   const SparseAttentionParams resolved = check_sparse(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::sparse_attention_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context,
+                                 cuda::sparse_attention_workspace(resolved, ops::operator_limit(context)))
+             : 0;
 }
 
 std::size_t sparse_attention_backward_workspace(const Context& context, const SparseAttentionParams& params) {
   const ops::Validator check("sparse_attention_backward", context, ops::Validator::Reads::kShapes);
   check.check_packed(params.batch);
   const SparseAttentionParams resolved = check_sparse(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::sparse_attention_backward_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::sparse_attention_backward_workspace(resolved))
+             : 0;
 }
 
 std::size_t dense_attention_workspace(const Context& context, const DenseAttentionParams& params) {
   const ops::Validator check("dense_attention", context, ops::Validator::Reads::kShapes);
   const DenseAttentionParams resolved = check_dense(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::dense_attention_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context,
+                                 cuda::dense_attention_workspace(resolved, ops::operator_limit(context)))
+             : 0;
 }
 
 std::size_t dense_attention_backward_workspace(const Context& context, const DenseAttentionParams& params) {
   const ops::Validator check("dense_attention_backward", context, ops::Validator::Reads::kShapes);
   check.check_packed(params.batch);
   const DenseAttentionParams resolved = check_dense(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::dense_attention_backward_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::dense_attention_backward_workspace(resolved))
+             : 0;
 }
 
 }  // namespace msa

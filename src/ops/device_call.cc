@@ -51,12 +51,24 @@ void report(const Validator& check, const Context& context, const DeviceContents
 
 }  // namespace
 
-std::size_t device_bytes(std::size_t needed) { return kOwnBytes + needed; }
+std::size_t operator_limit(const Context& context) {
+  if (context.workspace_limit == 0) return 0;
+  return std::max(context.workspace_limit, kOwnBytes + 1) - kOwnBytes;
+}
+
+std::size_t device_bytes(const Validator& check, const Context& context, std::size_t needed) {
+  const std::size_t bytes = kOwnBytes + needed;
+  if (context.workspace_limit != 0 && bytes > context.workspace_limit) {
+    check.fail("workspace_limit", "is " + std::to_string(context.workspace_limit) + " bytes; the call needs at least " +
+                                      std::to_string(bytes) + " of device memory");
+  }
+  return bytes;
+}
 
 DeviceCall::DeviceCall(const Validator& check, const Context& context, std::size_t needed,
                        const DeviceContents& contents)
     : context_(context) {
-  const std::size_t bytes = device_bytes(needed);
+  const std::size_t bytes = device_bytes(check, context, needed);
   if (context.workspace == nullptr || context.workspace_bytes < bytes) {
     check.fail("workspace", "has " + std::to_string(context.workspace == nullptr ? 0 : context.workspace_bytes) +
                                 " bytes; the call needs " + std::to_string(bytes) + " of device memory");
@@ -69,6 +81,9 @@ DeviceCall::DeviceCall(const Validator& check, const Context& context, std::size
   scalars_ = own + kScalars;
   context_.workspace = own + kOwnBytes;
   context_.workspace_bytes = context.workspace_bytes - kOwnBytes;
+  if (const std::size_t limit = operator_limit(context); limit != 0) {
+    context_.workspace_bytes = std::min(context_.workspace_bytes, limit);
+  }
   if (contents.batch == nullptr || !context.check_device_data || cuda::is_capturing(context)) return;
   cuda::Contents device;
   device.batch = contents.batch;

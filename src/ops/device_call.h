@@ -27,11 +27,11 @@ struct DeviceContents {
 
 class DeviceCall {
  public:
-  /// Throws msa::Error when context.workspace is smaller than device_bytes(needed) or not aligned, or when a rule is
-  /// broken in device memory.
+  /// Throws msa::Error when context.workspace is smaller than device_bytes() says or not aligned, or when a rule is broken
+  /// in device memory.
   DeviceCall(const Validator& check, const Context& context, std::size_t needed, const DeviceContents& contents);
 
-  /// The caller's context, with the rest of the workspace.
+  /// The caller's context, with the rest of the workspace; no more of it than the limit allows.
   const Context& context() const { return context_; }
   /// Device memory for the scalars of a call that returns them to the host; 64 bytes, aligned to them.
   void* scalars() const { return scalars_; }
@@ -41,7 +41,11 @@ class DeviceCall {
   void* scalars_;
 };
 
-/// The workspace of a call whose operator needs `needed` bytes: with the front door's own piece.
-std::size_t device_bytes(std::size_t needed);
+/// What Context::workspace_limit leaves to an operator of a GPU: the front door's own piece is taken off. 0: no limit.
+std::size_t operator_limit(const Context& context);
+
+/// The workspace of a call whose operator needs `needed` bytes: with the front door's own piece. Throws msa::Error,
+/// naming the bytes, when that is above Context::workspace_limit.
+std::size_t device_bytes(const Validator& check, const Context& context, std::size_t needed);
 
 }  // namespace msa::ops

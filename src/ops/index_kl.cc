@@ -106,7 +106,7 @@ void index_kl(const Context& context, const IndexKlParams& params, const IndexKl
 std::size_t index_kl_workspace(const Context& context, const IndexKlParams& params) {
   const ops::Validator check("index_kl", context, ops::Validator::Reads::kShapes);
   const IndexKlParams resolved = check_params(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::index_kl_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda ? ops::device_bytes(check, context, cuda::index_kl_workspace(resolved)) : 0;
 }
 
 void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
@@ -151,7 +151,9 @@ std::size_t index_kl_backward_workspace(const Context& context, const IndexKlPar
   const ops::Validator check("index_kl_backward", context, ops::Validator::Reads::kShapes);
   check.check_packed(params.batch);
   const IndexKlParams resolved = check_params(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::index_kl_backward_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::index_kl_backward_workspace(resolved))
+             : 0;
 }
 
 SelectionRecall selection_recall(const Context& context, const SelectionRecallParams& params) {
@@ -192,7 +194,9 @@ void selection_recall(const Context& context, const SelectionRecallParams& param
 std::size_t selection_recall_workspace(const Context& context, const SelectionRecallParams& params) {
   const ops::Validator check("selection_recall", context, ops::Validator::Reads::kShapes);
   const SelectionRecallParams resolved = check_recall(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::selection_recall_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::selection_recall_workspace(resolved))
+             : 0;
 }
 
 }  // namespace msa

@@ -57,7 +57,7 @@ void select_blocks(const Context& context, const SelectBlocksParams& params, con
       context, [&] { reference::select_blocks(context, params, blocks); },
       [&] { cpu::select_blocks(context, params, blocks); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::select_blocks_workspace(params),
+        const ops::DeviceCall call(check, context, cuda::select_blocks_workspace(params, ops::operator_limit(context)),
                                    {&params.batch, params.q_idx.size(0), "k_idx", params.k_idx, {}, 0});
         cuda::select_blocks(call.context(), params, blocks);
       });
@@ -66,7 +66,9 @@ void select_blocks(const Context& context, const SelectBlocksParams& params, con
 std::size_t select_blocks_workspace(const Context& context, const SelectBlocksParams& params) {
   const ops::Validator check("select_blocks", context, ops::Validator::Reads::kShapes);
   check_select(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::select_blocks_workspace(params)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::select_blocks_workspace(params, ops::operator_limit(context)))
+             : 0;
 }
 
 void select_blocks_oracle(const Context& context, const OracleBlocksParams& params, const TensorView& blocks) {
@@ -86,7 +88,9 @@ void select_blocks_oracle(const Context& context, const OracleBlocksParams& para
 std::size_t select_blocks_oracle_workspace(const Context& context, const OracleBlocksParams& params) {
   const ops::Validator check("select_blocks_oracle", context, ops::Validator::Reads::kShapes);
   const OracleBlocksParams resolved = check_oracle(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::select_blocks_oracle_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::select_blocks_oracle_workspace(resolved))
+             : 0;
 }
 
 }  // namespace msa

@@ -41,7 +41,7 @@ void topk_blocks(const Context& context, const TopkBlocksParams& params, const T
 std::size_t topk_blocks_workspace(const Context& context, const TopkBlocksParams& params) {
   const ops::Validator check("topk_blocks", context, ops::Validator::Reads::kShapes);
   check_params(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(cuda::topk_blocks_workspace(params)) : 0;
+  return context.backend == Backend::kCuda ? ops::device_bytes(check, context, cuda::topk_blocks_workspace(params)) : 0;
 }
 
 }  // namespace msa

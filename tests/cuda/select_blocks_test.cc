@@ -288,6 +288,20 @@ TEST(CudaSelectPlan, Float8KeysAreWidenedOnceForManyRows) {
   EXPECT_EQ(plan_select(shape).schedule, SelectSchedule::kFewRows);
 }
 
+TEST(CudaSelectPlan, RespectsItsLimit) {
+  const SelectShape shape = shape_with(1 << 20, 1, 1 << 20);
+  std::int64_t last = 0;
+  for (const std::size_t limit : {std::size_t{1} << 26, std::size_t{1} << 27, std::size_t{1} << 28, std::size_t{0}}) {
+    const SelectPlan plan = plan_select(shape, SelectSchedule::kAuto, core::ScreenSwitch::kAuto, limit);
+    EXPECT_LE(plan.bytes, limit == 0 ? std::size_t{1} << 30 : limit);
+    EXPECT_EQ(plan.chunk_queries % kSelectChunkStep, 0);
+    EXPECT_GT(plan.chunk_queries, last);
+    last = plan.chunk_queries;
+  }
+  EXPECT_EQ(plan_select(shape, SelectSchedule::kAuto, core::ScreenSwitch::kAuto, 4096).chunk_queries, kSelectChunkStep)
+      << "the least";
+}
+
 TEST(CudaSelectPlan, DecodingSpreadsOneSequenceOverTheProcessors) {
   EXPECT_EQ(plan_select(shape_with(1, 1, 1 << 17)).span_tiles, 4);
   EXPECT_EQ(plan_select(shape_with(1, 1, 1 << 20)).span_tiles, 8);

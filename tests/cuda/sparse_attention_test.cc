@@ -319,7 +319,7 @@ TEST(SparseAttentionPlan, RespectsItsLimit) {
     EXPECT_GT(plan.queries_at_once, last);
     last = plan.queries_at_once;
   }
-  EXPECT_THROW(plan_sparse_attention(params, 4096), Error);
+  EXPECT_EQ(plan_sparse_attention(params, 4096).queries_at_once, 1) << "the least, which is more";
   const SparseAttentionPlan small = plan_sparse_attention(paper_shapes(16, 1 << 20), 0);
   EXPECT_TRUE(small.is_direct);
   EXPECT_EQ(small.queries_at_once, 16);
