@@ -75,6 +75,7 @@ def test_check_passes_on_every_instruction_set(msa):
     assert result.returncode == 0 and failed == []
     ops = {check["op"] for check in report["checks"]}
     assert {"select_blocks", "topk_blocks", "sparse_attention.out", "sparse_attention.dk", "index_kl(prefix).dq_idx"} <= ops
+    assert {"select_blocks_oracle", "bits: run again", "bits: each sequence alone", "bits: prefill in chunks"} <= ops
     assert report["passed"] == len(report["checks"]) > 100
 
 
@@ -82,6 +83,15 @@ def test_check_prints_a_table(msa):
     result = msa("check", "--threads", 1)
     assert result.returncode == 0
     assert "sparse_attention.out" in result.stdout and " 0 failed" in result.stdout
+
+
+def test_check_says_when_a_gpu_cannot_be_checked(msa):
+    cuda = json.loads(msa("info", "--json").stdout)["backends"]["cuda"]
+    if cuda["available"]:
+        pytest.skip("this machine's GPU runs the backend: tests/cuda checks it")
+    result = msa("check", "--backend", "cuda")
+    assert result.returncode == 1 and result.stdout == ""
+    assert cuda["why"] in result.stderr and "nothing was checked" in result.stderr
 
 
 BENCH_SHAPE = ["--queries", 64, "--query-heads", 4, "--kv-heads", 2, "--head-dim", 64, "--index-dim", 64, "--block-size", 64,
