@@ -49,13 +49,14 @@ needs_nvcc = pytest.mark.skipif(nvcc_release() < (12, 5), reason="no nvcc 12.5 o
 
 @pytest.fixture(scope="module")
 def library():
-    """libmsa.a with the reference and the CUDA backend alone; minutes the first time, then what has changed."""
+    """libmsa.a with the reference and the CUDA backend alone, and the programs that ask a device; minutes the first time, then
+    what has changed."""
     launchers = [f"-DCMAKE_{lang}_COMPILER_LAUNCHER=ccache" for lang in ("CXX", "CUDA") if shutil.which("ccache")]
     options = ["-DMSA_CUDA=ON", "-DMSA_CPU=OFF", "-DMSA_BUILD_TORCH=OFF", "-DMSA_BUILD_FILES=OFF", "-DMSA_BUILD_TESTS=OFF"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-Wno-dev", "-DCMAKE_BUILD_TYPE=Release"]
     for command in (
         [*configure, f"-DCMAKE_CUDA_COMPILER={NVCC}", *options, *launchers],
-        ["cmake", "--build", str(BUILD), "--target", "msa"],
+        ["cmake", "--build", str(BUILD), "--target", "msa", "ptx_test", "device_check"],
     ):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
