@@ -125,7 +125,7 @@ __device__ void widen_dense(const DenseRings<D, true>& rings) {
   const std::uint32_t thread = threadIdx.x - kWarpSize;
   const auto widen = [&](const std::byte* stored, const auto& ring, std::uint32_t number) {
     ring.wait_free(number);
-    widen_tile<T, D, kKeys>(stored, ring.tile(number), thread, kWidenWarps * kWarpSize);
+    widen_tile<T, D, kKeys, kWidenWarps * kWarpSize, 1>(stored, ring.tile(number), thread);
     ptx::fence_proxy_async();
     __syncwarp();
     if (thread % kWarpSize == 0) ptx::arrive(ring.full(number));

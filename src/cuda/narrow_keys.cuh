@@ -6,6 +6,7 @@
 // Tested in tests/cuda/select_blocks_test.cc.
 #pragma once
 
+#include "src/cuda/float8_tile.cuh"
 #include "src/cuda/select_blocks.cuh"
 
 namespace msa::cuda {
@@ -44,35 +45,6 @@ struct NarrowScoreKernel {
   static constexpr std::size_t kSharedBytes = kWarpgroups * kOwnBytes + kStages * kStageBytes + 2 * kStages * 8;
   static_assert(kSharedBytes <= 227 * 1024);
 };
-
-/// A tile of float8 keys to 16-bit numbers where matrix products want them, by the 128 threads of a warpgroup: eight
-/// numbers at a time, so that eight lanes write 128 bytes of one row, in all banks.
-template <class Element, int kDim>
-__device__ __forceinline__ void widen_tile(std::byte* wide, const std::byte* narrow, int thread) {
-  constexpr int kTileKeys = static_cast<int>(kSelectTileKeys);
-  constexpr int kChunks = kDim / 8;
-  constexpr int kRowStep = 128 / kChunks;
-  static_assert(kRowStep % 8 == 0, "the swizzle is the same for all rows of a thread");
-  constexpr int kLoads =
-      8;  // under way at a time: reading, widening and writing one takes 100 cycles, 32 of them to issue
-  const int chunk = thread % kChunks;
-  const int first_row = thread / kChunks;
-  const std::byte* const from = narrow + first_row * kDim + chunk * 8;
-  std::byte* const to = wide + chunk / 8 * (kTileKeys * 128) +
-                        swizzled(static_cast<std::uint32_t>(first_row * 128 + chunk % 8 * 16), Swizzle::k128);
-#pragma unroll 1
-  for (int row = 0; row < kTileKeys; row += kLoads * kRowStep) {
-    uint2 eights[kLoads];
-    uint4 widened[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      eights[i] = *reinterpret_cast<const uint2*>(from + (row + i * kRowStep) * kDim);
-    }
-    widen_eights<Element>(widened, eights);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) *reinterpret_cast<uint4*>(to + (row + i * kRowStep) * 128) = widened[i];
-  }
-}
 
 /// As score_blocks_kernel with few rows.
 template <class Element, int kDim, int kBlock>
@@ -120,8 +92,9 @@ __global__ void __launch_bounds__(NarrowScoreKernel<Element, kDim, kBlock>::kThr
         if (lane == 0) ptx::arrive(empty + ring.stage);
         continue;
       }
-      widen_tile<Element, kDim>(wide, stages + static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes,
-                                thread % 128);
+      widen_tile<Element, kDim, Shape::kTileKeys, 128, 8>(
+          stages + static_cast<std::uint32_t>(ring.stage) * Shape::kStageBytes, wide,
+          static_cast<std::uint32_t>(thread) % 128);
       ptx::fence_proxy_async();
       ptx::named_sync(barrier, 128);
       if (lane == 0) ptx::arrive(empty + ring.stage);
