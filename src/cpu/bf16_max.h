@@ -12,28 +12,35 @@ namespace msa::cpu {
 /// Rows of one group: the columns of a tile.
 inline constexpr std::int64_t kBf16GroupRows = 16;
 
-/// largest[g * 16 + r] = max over j < keys of sum over d < dim of key(j, d) * row(g, r, d), up to rounding: each sum is
-/// made of the exact products by `dim` float additions in any order. Subnormal operands and sums may count as 0.
-///   keys  bf16 [keys, dim], rows of key_stride elements; keys a multiple of 16, dim of 32
+/// Blocks of keys, one behind the other.
+struct Bf16Blocks {
+  const std::uint16_t* keys = nullptr;  ///< bf16 [count * key_count, dim], rows of `stride` elements
+  std::int64_t stride = 0;
+  std::int64_t key_count = 0;  ///< of a block, a multiple of 16
+  std::int64_t dim = 0;        ///< a multiple of 32
+  std::int64_t count = 1;
+};
+
+/// largest[b * largest_stride + g * 16 + r] = max over the keys of block b of sum over d < dim of key(j, d) * row(g, r,
+/// d), up to rounding: each sum is made of the exact products by `dim` float additions in any order. Subnormal operands
+/// and sums may count as 0.
 ///   rows  bf16 [groups, dim / 2, 16, 2], 64-byte aligned
 ///   next  bytes that the caller reads next, as many as the keys' rows take up; may be asked for ahead. Null: none
 /// All elements are finite.
-using Bf16BlockMax = void (*)(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count,
-                              std::int64_t dim, const std::uint16_t* rows, std::int64_t groups, const std::byte* next,
-                              float* largest);
+using Bf16BlockMax = void (*)(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
+                              const std::byte* next, float* largest, std::int64_t largest_stride);
 
 /// Where the `dim` elements of row r of a group start; element d lies at 32 * (d / 2) + d % 2 from there.
 inline std::int64_t bf16_row_offset(std::int64_t r, std::int64_t dim) {
   return r / kBf16GroupRows * kBf16GroupRows * dim + r % kBf16GroupRows * 2;
 }
 
-void bf16_block_max_portable(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count,
-                             std::int64_t dim, const std::uint16_t* rows, std::int64_t groups, const std::byte* next,
-                             float* largest);
+void bf16_block_max_portable(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
+                             const std::byte* next, float* largest, std::int64_t largest_stride);
 #if defined(__x86_64__)
 /// The calling thread must hold AmxTiles.
-void bf16_block_max_amx(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count, std::int64_t dim,
-                        const std::uint16_t* rows, std::int64_t groups, const std::byte* next, float* largest);
+void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups, const std::byte* next,
+                        float* largest, std::int64_t largest_stride);
 #endif
 
 }  // namespace msa::cpu

@@ -30,10 +30,6 @@ MSA_AMX_TARGET inline __m512 larger(__m512 a, __m512 b) { return _mm512_maskz_ma
 
 MSA_AMX_TARGET inline __m512 nothing() { return _mm512_set1_ps(-std::numeric_limits<float>::infinity()); }
 
-MSA_AMX_TARGET inline void fill(Sums& sums, __m512 value) {
-  for (std::int64_t j = 0; j < kTileKeys; ++j) _mm512_store_ps(sums + j * kBf16GroupRows, value);
-}
-
 // best[lane] = max over the 16 keys of a tile of sums.
 MSA_AMX_TARGET inline __m512 tile_max(const Sums& sums, __m512 best) {
   __m512 other = _mm512_load_ps(sums);  // two chains: each maximum waits for the one before
@@ -65,29 +61,43 @@ class Ahead {
   std::int64_t step_;
 };
 
-struct Keys {
-  const std::uint16_t* first;
-  std::int64_t stride;  // elements
-  std::int64_t count;
-  std::int64_t dim;
+// The largest sums of a group of rows, block after block.
+class Largest {
+ public:
+  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride)
+      : best_(nothing()), out_(out), stride_(stride), tiles_(blocks.key_count / kTileKeys), left_(tiles_) {}
+  // The next tile of sums. The last one of a block writes what it had.
+  MSA_AMX_TARGET void add(const Sums& sums) {
+    best_ = tile_max(sums, best_);
+    if (--left_ > 0) return;
+    _mm512_storeu_ps(out_, best_);
+    out_ += stride_;
+    left_ = tiles_;
+    best_ = nothing();
+  }
+
+ private:
+  __m512 best_;
+  float* out_;
+  std::int64_t stride_;
+  std::int64_t tiles_;
+  std::int64_t left_;
 };
 
 // 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one
 // before is stored, and the one before that, which memory has by then, reduced.
-MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
+                                      Largest largest) {
   alignas(64) Sums even;
   alignas(64) Sums odd;
-  __m512 best = nothing();
-  fill(even, best);
-  fill(odd, best);
   _tile_loadd(4, rows, 64);
   _tile_loadd(5, rows + kRowTile, 64);
   _tile_loadd(6, rows + 2 * kRowTile, 64);
   _tile_loadd(7, rows + 3 * kRowTile, 64);
-  const std::int64_t stride = keys.stride * 2;
-  const std::int64_t tiles = keys.count / kTileKeys;
-  const std::uint16_t* key = keys.first;
-  for (std::int64_t t = 0; t < tiles; ++t, key += kTileKeys * keys.stride) {
+  const std::int64_t stride = blocks.stride * 2;
+  const std::int64_t tiles = blocks.count * blocks.key_count / kTileKeys;
+  const std::uint16_t* key = blocks.keys;
+  for (std::int64_t t = 0; t < tiles; ++t, key += kTileKeys * blocks.stride) {
     ahead.ask();
     if (t % 2 == 0) {
       _tile_zero(0);
@@ -96,7 +106,7 @@ MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* row
       _tile_loadd(3, key + kTileInner, stride);
       _tile_dpbf16ps(0, 3, 5);
       if (t > 0) _tile_stored(1, odd, 64);
-      best = tile_max(even, best);
+      if (t > 1) largest.add(even);
       _tile_loadd(2, key + 2 * kTileInner, stride);
       _tile_dpbf16ps(0, 2, 6);
       _tile_loadd(3, key + 3 * kTileInner, stride);
@@ -108,7 +118,7 @@ MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* row
       _tile_loadd(3, key + kTileInner, stride);
       _tile_dpbf16ps(1, 3, 5);
       _tile_stored(0, even, 64);
-      best = tile_max(odd, best);
+      if (t > 1) largest.add(odd);
       _tile_loadd(2, key + 2 * kTileInner, stride);
       _tile_dpbf16ps(1, 2, 6);
       _tile_loadd(3, key + 3 * kTileInner, stride);
@@ -117,26 +127,28 @@ MSA_AMX_TARGET inline void max_of_128(const Keys& keys, const std::uint16_t* row
   }
   if (tiles % 2 == 0) {
     _tile_stored(1, odd, 64);
+    largest.add(even);
+    largest.add(odd);
   } else {
     _tile_stored(0, even, 64);
+    if (tiles > 1) largest.add(odd);
+    largest.add(even);
   }
-  _mm512_storeu_ps(largest, tile_max(odd, tile_max(even, best)));
 }
 
 // 64 dimensions, two groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and 6,
 // 7, keys 2 and 3, sums 0 and 1.
-MSA_AMX_TARGET inline void max_of_64(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
+                                     Largest largest0, Largest largest1) {
   alignas(64) Sums sums0;
   alignas(64) Sums sums1;
-  __m512 best0 = nothing();
-  __m512 best1 = best0;
   _tile_loadd(4, rows, 64);
   _tile_loadd(5, rows + kRowTile, 64);
   _tile_loadd(6, rows + 2 * kRowTile, 64);
   _tile_loadd(7, rows + 3 * kRowTile, 64);
-  const std::int64_t stride = keys.stride * 2;
-  const std::uint16_t* key = keys.first;
-  for (std::int64_t j = 0; j < keys.count; j += kTileKeys, key += kTileKeys * keys.stride) {
+  const std::int64_t stride = blocks.stride * 2;
+  const std::uint16_t* key = blocks.keys;
+  for (std::int64_t j = 0; j < blocks.count * blocks.key_count; j += kTileKeys, key += kTileKeys * blocks.stride) {
     ahead.ask();
     if (j > 0) _tile_stored(0, sums0, 64);
     _tile_zero(0);
@@ -145,32 +157,34 @@ MSA_AMX_TARGET inline void max_of_64(const Keys& keys, const std::uint16_t* rows
     if (j > 0) _tile_stored(1, sums1, 64);
     _tile_zero(1);
     _tile_dpbf16ps(1, 2, 6);
-    if (j > 0) best0 = tile_max(sums0, best0);
+    if (j > 0) largest0.add(sums0);
     _tile_loadd(3, key + kTileInner, stride);
     _tile_dpbf16ps(0, 3, 5);
     _tile_dpbf16ps(1, 3, 7);
-    if (j > 0) best1 = tile_max(sums1, best1);
+    if (j > 0) largest1.add(sums1);
   }
   _tile_stored(0, sums0, 64);
   _tile_stored(1, sums1, 64);
-  _mm512_storeu_ps(largest, tile_max(sums0, best0));
-  _mm512_storeu_ps(largest + kBf16GroupRows, tile_max(sums1, best1));
+  largest0.add(sums0);
+  largest1.add(sums1);
 }
 
 // Any other: two tiles of keys a time, each tile of rows loaded for both.
-MSA_AMX_TARGET inline void max_of_any(const Keys& keys, const std::uint16_t* rows, Ahead& ahead, float* largest) {
+MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
+                                      Largest largest) {
   alignas(64) Sums sums0;
   alignas(64) Sums sums1;
-  __m512 best = nothing();
-  const std::int64_t stride = keys.stride * 2;
-  for (std::int64_t j = 0; j < keys.count; j += 2 * kTileKeys) {
-    const std::uint16_t* key = keys.first + j * keys.stride;
-    const std::uint16_t* other = j + kTileKeys < keys.count ? key + kTileKeys * keys.stride : key;
+  const std::int64_t stride = blocks.stride * 2;
+  const std::int64_t keys = blocks.count * blocks.key_count;
+  for (std::int64_t j = 0; j < keys; j += 2 * kTileKeys) {
+    const std::uint16_t* key = blocks.keys + j * blocks.stride;
+    const bool is_pair = j + kTileKeys < keys;
+    const std::uint16_t* other = is_pair ? key + kTileKeys * blocks.stride : key;
     ahead.ask();
     ahead.ask();
     _tile_zero(0);
     _tile_zero(1);
-    for (std::int64_t d = 0; d < keys.dim; d += kTileInner) {
+    for (std::int64_t d = 0; d < blocks.dim; d += kTileInner) {
       _tile_loadd(4, rows + d * kBf16GroupRows, 64);
       _tile_loadd(2, key + d, stride);
       _tile_dpbf16ps(0, 2, 4);
@@ -179,29 +193,29 @@ MSA_AMX_TARGET inline void max_of_any(const Keys& keys, const std::uint16_t* row
     }
     _tile_stored(0, sums0, 64);
     _tile_stored(1, sums1, 64);
-    best = tile_max(sums1, tile_max(sums0, best));
+    largest.add(sums0);
+    if (is_pair) largest.add(sums1);
   }
-  _mm512_storeu_ps(largest, best);
 }
 
 }  // namespace
 
-MSA_AMX_TARGET void bf16_block_max_amx(const std::uint16_t* keys, std::int64_t key_stride, std::int64_t key_count,
-                                       std::int64_t dim, const std::uint16_t* rows, std::int64_t groups,
-                                       const std::byte* next, float* largest) {
-  const Keys block{keys, key_stride, key_count, dim};
-  const std::int64_t passes = dim == 64 ? groups / 2 + groups % 2 : groups;
-  Ahead ahead(next, key_count * key_stride * 2, passes * (key_count / kTileKeys));
+MSA_AMX_TARGET void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
+                                       const std::byte* next, float* largest, std::int64_t largest_stride) {
+  const std::int64_t keys = blocks.count * blocks.key_count;
+  const std::int64_t passes = blocks.dim == 64 ? groups / 2 + groups % 2 : groups;
+  Ahead ahead(next, keys * blocks.stride * 2, passes * (keys / kTileKeys));
   for (std::int64_t g = 0; g < groups; ++g) {
-    const std::uint16_t* here = rows + g * kBf16GroupRows * dim;
+    const std::uint16_t* here = rows + g * kBf16GroupRows * blocks.dim;
     float* out = largest + g * kBf16GroupRows;
-    if (dim == 128) {
-      max_of_128(block, here, ahead, out);
-    } else if (dim == 64 && g + 1 < groups) {
-      max_of_64(block, here, ahead, out);
+    const Largest first(blocks, out, largest_stride);
+    if (blocks.dim == 128) {
+      max_of_128(blocks, here, ahead, first);
+    } else if (blocks.dim == 64 && g + 1 < groups) {
+      max_of_64(blocks, here, ahead, first, Largest(blocks, out + kBf16GroupRows, largest_stride));
       ++g;
     } else {
-      max_of_any(block, here, ahead, out);
+      max_of_any(blocks, here, ahead, first);
     }
   }
 }

@@ -200,8 +200,8 @@ inline HWY_ATTR void screen_span(const SelectBlocksParams& params, const SpanLay
       for (std::int64_t r = 0; r < rows; ++r) out[r * out_stride + at] = 0;
       continue;
     }
-    screen.block_max(keys.first, keys.stride, params.block_size, screen.dim, packed,
-                     (rows + kBf16GroupRows - 1) / kBf16GroupRows, nullptr, largest);
+    screen.block_max({.keys = keys.first, .stride = keys.stride, .key_count = params.block_size, .dim = screen.dim},
+                     packed, (rows + kBf16GroupRows - 1) / kBf16GroupRows, nullptr, largest, 0);
     for (std::int64_t r = 0; r < rows; ++r) out[r * out_stride + at] = largest[r];
   }
 }

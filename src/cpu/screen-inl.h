@@ -310,8 +310,8 @@ class ScreenedChunk {
     floor_ = next();
     offset_ = reinterpret_cast<std::int32_t*>(next());
     end_ = reinterpret_cast<std::int32_t*>(next());
-    largest_ = next();
     counts_ = reinterpret_cast<std::int32_t*>(next());
+    largest_ = next();  // and those of kScreenedTogether - 1 more
     for (std::int64_t r = 0; r < padded_rows_; ++r) start_row(r);
   }
 
@@ -412,27 +412,50 @@ class ScreenedChunk {
     std::int64_t last = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) last = std::max<std::int64_t>(last, end_[r]);
     std::int64_t group = 0;  // first one with a row that may choose the block
-    for (std::int64_t b = begin; b < last; ++b) {
+    for (std::int64_t b = begin; b < last;) {
       const auto ends = [&](std::int64_t g) {
         return *std::max_element(end_ + g * kInt8Rows, end_ + (g + 1) * kInt8Rows) <= b;
       };
       while (group < groups && ends(group)) ++group;
       if (group == groups) return;  // rows were given up
+      const std::int64_t until_pruned = kPruneBlocks - (b - begin) % kPruneBlocks;
+      const std::int64_t count = count_together(b, std::min(last - b, until_pruned));
       BlockBounds bounds;
       const std::byte* keys = find_block(b, bounds);
-      multiply(keys, bounds, group, groups, b + 1 < last ? shared_block(b + 1) : nullptr);
-      if (setup_.dot.is_bf16()) {
-        offer<true>(b, bounds, group * kInt8Rows);
-      } else {
-        offer<false>(b, bounds, group * kInt8Rows);
+      multiply(keys, count, bounds, group, groups, b + count < last ? shared_block(b + count) : nullptr);
+      for (std::int64_t i = 0; i < count; ++i) {
+        if (i > 0) bounds = shared_.bounds[b + i - shared_.first];
+        if (setup_.dot.is_bf16()) {
+          offer<true>(b + i, bounds, group * kInt8Rows, largest_ + i * padded_rows_);
+        } else {
+          offer<false>(b + i, bounds, group * kInt8Rows, largest_ + i * padded_rows_);
+        }
       }
-      if ((b + 1 - begin) % kPruneBlocks == 0 || b + 1 == last) prune(b + 1 - begin);
+      b += count;
+      if ((b - begin) % kPruneBlocks == 0 || b == last) prune(b - begin);
     }
   }
 
-  /// largest_ of the rows in groups [first, last) of 16.
-  HWY_ATTR void multiply(const std::byte* keys, const BlockBounds& bounds, std::int64_t first, std::int64_t last,
-                         const std::byte* next) {
+  /// How many of the blocks from `first` on, at most `most`, are multiplied in one go: those that lie one behind the
+  /// other and can be bounded, as long as their keys leave room in an L1 cache.
+  HWY_ATTR std::int64_t count_together(std::int64_t first, std::int64_t most) const {
+    if (!setup_.dot.is_bf16()) return 1;
+    constexpr std::int64_t kKeyBytes = std::int64_t{1} << 15;
+    const std::int64_t block_bytes = block_size_ * setup_.row_bytes();
+    most = std::min({most, kScreenedTogether, kKeyBytes / block_bytes, shared_.first + shared_.count - first});
+    const auto is_bounded = [&](std::int64_t b) { return shared_.bounds[b - shared_.first].norm != kInfinity; };
+    if (most < 2 || !is_bounded(first)) return 1;
+    const std::byte* keys = shared_block(first);
+    std::int64_t count = 1;
+    while (count < most && shared_block(first + count) == keys + count * block_bytes && is_bounded(first + count)) {
+      ++count;
+    }
+    return count;
+  }
+
+  /// largest_ of the rows in groups [first, last) of 16, and of `count` blocks.
+  HWY_ATTR void multiply(const std::byte* keys, std::int64_t count, const BlockBounds& bounds, std::int64_t first,
+                         std::int64_t last, const std::byte* next) {
     const std::byte* rows = row_keys_ + first * kInt8Rows * setup_.row_bytes();
     float* largest = largest_ + first * kInt8Rows;
     if (!setup_.dot.is_bf16()) {
@@ -442,8 +465,12 @@ class ScreenedChunk {
     } else if (bounds.norm == kInfinity) {  // the sums could be NaN
       std::fill(largest, largest + (last - first) * kInt8Rows, 0.0f);
     } else {
-      setup_.dot.bf16(reinterpret_cast<const std::uint16_t*>(keys), setup_.dim, block_size_, setup_.dim,
-                      reinterpret_cast<const std::uint16_t*>(rows), last - first, next, largest);
+      Bf16Blocks blocks;
+      blocks.keys = reinterpret_cast<const std::uint16_t*>(keys);
+      blocks.stride = blocks.dim = setup_.dim;
+      blocks.key_count = block_size_;
+      blocks.count = count;
+      setup_.dot.bf16(blocks, reinterpret_cast<const std::uint16_t*>(rows), last - first, next, largest, padded_rows_);
     }
   }
 
@@ -466,9 +493,10 @@ class ScreenedChunk {
     return keys != nullptr ? keys : block_keys_;
   }
 
-  /// Takes block b into the lists of the rows from `first` on whose threshold its upper bound reaches.
+  /// Takes block b, whose products are `largest`, into the lists of the rows from `first` on whose threshold its upper
+  /// bound reaches.
   template <bool kIsBf16>
-  HWY_ATTR void offer(std::int64_t b, const BlockBounds& bounds, std::int64_t first) {
+  HWY_ATTR void offer(std::int64_t b, const BlockBounds& bounds, std::int64_t first, const float* largest) {
     const FloatTag df;
     const IntTag di;
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
@@ -477,7 +505,7 @@ class ScreenedChunk {
     const auto block_norm = hn::Set(df, bounds.norm);
     const auto block = hn::Set(di, static_cast<std::int32_t>(b));
     for (std::int64_t r = first; r < padded_rows_; r += lanes) {
-      auto score = hn::LoadU(df, largest_ + r);
+      auto score = hn::LoadU(df, largest + r);
       if constexpr (!kIsBf16) {
         const auto integer = hn::Sub(hn::BitCast(di, score), hn::LoadU(di, offset_ + r));
         score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
@@ -685,7 +713,7 @@ class ScreenedChunk {
   float* floor_ = nullptr;          // slots_-th highest lower bound so far
   std::int32_t* offset_ = nullptr;  // 128 * sum of q8
   std::int32_t* end_ = nullptr;     // blocks below are screened; 0: the row is not
-  float* largest_ = nullptr;        // int32 in int8
+  float* largest_ = nullptr;        // int32 in int8; [kScreenedTogether] of all rows
   std::int32_t* counts_ = nullptr;  // candidates
   float* lower_;
   std::int64_t lower_stride_;

@@ -47,7 +47,7 @@ SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chun
   if (shape.screen_bytes != 0) {
     const std::int64_t capacity = candidate_capacity(shape.topk);
     layout.row_keys = cursor.take(rows * shape.screen_bytes / 4);
-    layout.row_bounds = cursor.take(8 * rows);
+    layout.row_bounds = cursor.take((7 + kScreenedTogether) * rows);
     layout.lower = cursor.take(rows * padded_columns(shape.topk));
     layout.candidates = cursor.take(floats_for(rows * capacity, sizeof(Candidate)));
     layout.visits = cursor.take(floats_for(rows * capacity, sizeof(std::uint64_t)));

@@ -22,6 +22,9 @@ inline constexpr std::int64_t kStripRows = 32;
 /// Blocks between two prunings of the candidate lists, which are therefore that much longer than what a pruning leaves.
 inline constexpr std::int64_t kPruneBlocks = 64;
 
+/// Blocks that may be screened in one go.
+inline constexpr std::int64_t kScreenedTogether = 8;
+
 struct SelectionShape {
   QueryCounts queries;
   std::int64_t kv_heads = 1;
@@ -46,7 +49,7 @@ struct SelectionLayout {
   std::int64_t least = 0;       ///< int32 [rows], order key that a block must have to be taken
   std::int64_t row_ids = 0;     ///< int32 [rows], the rows that are not (or no longer) screened
   std::int64_t row_keys = 0;    ///< [rows] of screen_bytes, in groups of 16; from here on only with screening
-  std::int64_t row_bounds = 0;  ///< float or int32 [8, rows]: see ScreenedChunk
+  std::int64_t row_bounds = 0;  ///< float or int32 [7 + kScreenedTogether, rows]: see ScreenedChunk
   std::int64_t lower = 0;       ///< [rows, padded topk], the highest lower bounds
   std::int64_t candidates = 0;  ///< Candidate [rows, candidate_capacity(topk)]
   std::int64_t visits = 0;      ///< uint64 [rows, candidate_capacity(topk)], (block, row, candidate) to be rescored

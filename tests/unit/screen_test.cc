@@ -453,41 +453,57 @@ TEST(Bf16Max, IsTheLargestDotProduct) {
   std::normal_distribution<float> normal;
   for (const std::int64_t key_count : {16, 32, 48, 64, 128, 256}) {
     for (const std::int64_t dim : {32, 64, 96, 128, 160, 256}) {
-      for (const std::int64_t groups : {1, 2, 3, 8}) {
+      for (const auto& [groups, count] : {std::pair(1, 1), std::pair(2, 3), std::pair(3, 2), std::pair(8, 1)}) {
         const std::int64_t stride = dim + (key_count == 48 ? 32 : 0);
-        core::Buffer<std::uint16_t> keys(static_cast<std::size_t>(key_count * stride));
+        core::Buffer<std::uint16_t> keys(static_cast<std::size_t>(count * key_count * stride));
         core::Buffer<std::uint16_t> rows(static_cast<std::size_t>(groups * 16 * dim));
         for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = core::float_to_bf16(normal(random));
         for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = core::float_to_bf16(normal(random));
         std::vector<double> expected;
         std::vector<double> bounds;
-        for (std::int64_t r = 0; r < groups * 16; ++r) {
-          double largest = -kInfinity;
-          double bound = 0;
-          for (std::int64_t j = 0; j < key_count; ++j) {
-            double sum = 0;
-            double magnitude = 0;
-            for (std::int64_t d = 0; d < dim; ++d) {
-              const auto at = static_cast<std::size_t>(cpu::bf16_row_offset(r, dim) + d / 2 * 32 + d % 2);
-              const double product =
-                  static_cast<double>(core::bf16_to_float(rows[at])) *
-                  static_cast<double>(core::bf16_to_float(keys[static_cast<std::size_t>(j * stride + d)]));
-              sum += product;
-              magnitude += std::abs(product);
+        for (std::int64_t b = 0; b < count; ++b) {
+          for (std::int64_t r = 0; r < groups * 16; ++r) {
+            double largest = -kInfinity;
+            double bound = 0;
+            for (std::int64_t j = b * key_count; j < (b + 1) * key_count; ++j) {
+              double sum = 0;
+              double magnitude = 0;
+              for (std::int64_t d = 0; d < dim; ++d) {
+                const auto at = static_cast<std::size_t>(cpu::bf16_row_offset(r, dim) + d / 2 * 32 + d % 2);
+                const double product =
+                    static_cast<double>(core::bf16_to_float(rows[at])) *
+                    static_cast<double>(core::bf16_to_float(keys[static_cast<std::size_t>(j * stride + d)]));
+                sum += product;
+                magnitude += std::abs(product);
+              }
+              largest = std::max(largest, sum);
+              bound = std::max(bound, magnitude * static_cast<double>(dim) * 0x1p-24);
             }
-            largest = std::max(largest, sum);
-            bound = std::max(bound, magnitude * static_cast<double>(dim) * 0x1p-24);
+            expected.push_back(largest);
+            bounds.push_back(bound);
           }
-          expected.push_back(largest);
-          bounds.push_back(bound);
         }
+        cpu::Bf16Blocks blocks;
+        blocks.keys = keys.data();
+        blocks.stride = stride;
+        blocks.key_count = key_count;
+        blocks.dim = dim;
+        blocks.count = count;
+        const std::int64_t apart = groups * 16 + 5;  // the results of two blocks
         for (const auto& [name, run] : kernels) {
-          std::vector<float> actual(static_cast<std::size_t>(groups * 16), std::numeric_limits<float>::quiet_NaN());
-          run(keys.data(), stride, key_count, dim, rows.data(), groups,
-              groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()), actual.data());
-          for (std::size_t r = 0; r < actual.size(); ++r) {
-            ASSERT_NEAR(static_cast<double>(actual[r]), expected[r], bounds[r])
-                << name << ", " << key_count << " keys, dim " << dim << ", " << groups << " groups, row " << r;
+          std::vector<float> actual(static_cast<std::size_t>(count * apart), std::numeric_limits<float>::quiet_NaN());
+          run(blocks, rows.data(), groups, groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()),
+              actual.data(), apart);
+          for (std::int64_t i = 0; i < count * apart; ++i) {
+            const float got = actual[static_cast<std::size_t>(i)];
+            if (i % apart >= groups * 16) {
+              ASSERT_TRUE(std::isnan(got)) << "written between the blocks";
+              continue;
+            }
+            const auto at = static_cast<std::size_t>(i / apart * groups * 16 + i % apart);
+            ASSERT_NEAR(static_cast<double>(got), expected[at], bounds[at])
+                << name << ", " << count << " blocks of " << key_count << " keys, dim " << dim << ", " << groups
+                << " groups, result " << i;
           }
         }
       }
