@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plan of the attention backward, sparse and dense, on a Hopper GPU: whether the fast kernels take a call, how many
 // heads and queries go at once, and where in the workspace things lie. Pure functions of shapes; no device is asked.
-// The kernels are in reverse_index.cuh, attention_backward.cuh and dense_attention_backward.cuh;
+// The kernels are in reverse_index.cuh, sorted_visits.cuh, attention_backward.cuh and dense_attention_backward.cuh;
 // docs/cuda-attention-backward.md derives the numbers. Tested in tests/cuda/attention_backward_test.cc and
 // dense_attention_backward_test.cc.
 #pragma once
