@@ -1,52 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the operators on a GPU against torch's own, beside the peaks measured in the same run.
+"""The speed goals of the CUDA backend: every operator against torch's own on the same GPU, in one run.
 
-    python bench/gpu_bench.py --json out/gpu/bench.json [--seconds 100] [--only decode]
+    python bench/gpu_bench.py --json out/gpu/bench.json [--seconds 150] [--only decode]
+    python bench/gpu_bench.py --dry-run         every row on the CPU at sizes that mean nothing: does the script run to its end?
+    msa bench --from out/gpu/bench.json --plot time.svg
 
 Geometry: 64 query and 4 kv heads, dimension 128, blocks of 128, topk 16, bfloat16. Times are medians of CUDA events around
-single calls, after warm-up, with the L2 cache swept before each call; decode is also timed as a replayed graph. torch's peer
-is the fastest of its scaled_dot_product_attention backends (flash, cudnn, efficient) on the same queries and keys. Each row
-says its operations or bytes, and what share of the measured peak that is. Rows that do not fit into memory or time say so.
+single calls, after a warm-up, with the L2 cache swept before each; decoding is a replayed graph. torch's peer is the fastest of
+its scaled_dot_product_attention backends and of the ways to ask them (class Dense). Rows say their operations a second and what
+share of the peaks that is, which the same run measures. A row that would take too long, or more memory than there is, is left
+out with the reason; its goal then has no figure.
 """
 
 import argparse
+import datetime
 import json
 import math
-import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
 import time
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 import msa  # noqa: E402
 
-HQ, HKV, D, BLOCK, TOPK = 64, 4, 128, 128, 16
 K = 1024
+SLOWEST_CALL = 6.0  # seconds that a single call of ours may take
+
+
+class TooSlow(Exception):
+    pass
+
+
+class Setting:
+    """Where it runs and how large things are: the goals' geometry on a GPU, or a 256th of the tokens on the CPU."""
+
+    def __init__(self, dry):
+        self.dry = dry
+        self.device = "cpu" if dry else "cuda"
+        self.query_heads, self.kv_heads, self.dim, self.block, self.topk = (4, 2, 32, 16, 4) if dry else (64, 4, 128, 128, 16)
+        self.shrink = 256 if dry else 1
+        self.clock = HostClock() if dry else Clock()
+        if dry:
+            self.backends = (SDPBackend.MATH,)
+        else:
+            self.backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+    def tokens(self, count):
+        return count // self.shrink
+
+    def bounds(self, *lengths):
+        return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=self.device)
+
+    def inputs(self, queries, keys, requires_grad=False):
+        """q, k, v, q_idx, k_idx."""
+        heads, groups, dim = self.query_heads, self.kv_heads, self.dim
+        shapes = ((queries, heads, dim), (keys, groups, dim), (keys, groups, dim), (queries, groups, dim), (keys, dim))
+        make = {"device": self.device, "dtype": torch.bfloat16}
+        return [torch.randn(*shape, **make).requires_grad_(requires_grad) for shape in shapes]
+
+    def flops(self, queries, keys):
+        """Of the last `queries` rows of `keys`: index scores, attention to selected blocks, dense attention."""
+        pairs = queries * keys - queries * (queries - 1) / 2
+        selected = queries * min(self.topk * self.block, keys)
+        wide = self.query_heads * self.dim
+        return {"select": 2 * pairs * self.kv_heads * self.dim, "attend": 4 * selected * wide, "dense": 4 * pairs * wide}
+
+    def flop_ratio(self, keys):
+        """Of a pass over the whole context: 2 Hq D N^2 / (Hkv Di N^2 + 4 Hq D N k Bk)."""
+        wide = self.query_heads * self.dim
+        return 2 * wide * keys / (self.kv_heads * self.dim * keys + 4 * wide * self.topk * self.block)
 
 
 class Clock:
-    """Median seconds of a call, its inputs out of the cache."""
+    """Median seconds of a call on the GPU, its inputs out of the cache."""
 
     def __init__(self):
         self.sweep = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times the L2
 
-    def __call__(self, call, repeats=10, budget=3.0):
+    def once(self, call):
+        self.sweep.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
         call()
-        torch.cuda.synchronize()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def __call__(self, call, repeats=10, budget=2.0, beat=math.inf):
+        """A warm-up, then runs until `budget` seconds are spent. A warm-up that is not near `beat` counts as it is."""
+        warm = self.once(call)
+        if warm > 1.5 * beat:
+            return warm
         times, start = [], time.monotonic()
-        while len(times) < repeats and (len(times) < 3 or time.monotonic() - start < budget):
-            self.sweep.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+        while len(times) < repeats and (not times or time.monotonic() - start < budget):
+            times.append(self.once(call))
         return statistics.median(times)
 
     def replay(self, call, repeats=20):
@@ -62,360 +117,390 @@ class Clock:
         return self(graph.replay, repeats)
 
 
-def peaks(clock):
-    """Matrix products per second in bfloat16 and float8-free copy bytes per second, both on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * 8192**3 / clock(lambda: a @ b)
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
-    return {"bf16_flops": product, "copy_bytes": copied}
+class HostClock(Clock):
+    """For dry runs: one call each."""
+
+    def __init__(self):
+        pass
+
+    def once(self, call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def __call__(self, call, repeats=1, budget=0.0, beat=math.inf):
+        return self.once(call)
+
+    def replay(self, call, repeats=1):
+        return self.once(call)
 
 
-def bounds(*lengths):
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+class Dense:
+    """torch's dense attention on [rows, heads, dim] tensors, causal with the queries last, asked in every way a user might:
+
+    - query heads that share keys by enable_gqa, or groups as a batch whose heads share keys by a stride of 0; one query also as
+      one head a group with more queries, so that keys are read once a group;
+    - fewer queries than keys: the mask aligned to the lower right where the backend knows it, else the keys before the first
+      query without a mask and the rest with one. Merging the two is left out, in torch's favour.
+    """
+
+    def __init__(self, setting, q, k, v, backward=False):
+        self.setting, self.backward = setting, backward
+        self.queries, self.keys = q.shape[0], k.shape[0]
+        self.leaves = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_(backward) for t in (q, k, v)]
+
+    def forms(self):
+        q, k, v = self.leaves
+        groups, size = k.shape[1], q.shape[1] // k.shape[1]
+        yield q, k, v
+        shared = [t[0][:, None].expand(-1, size, -1, -1) for t in (k, v)]
+        yield q.view(groups, size, *q.shape[2:]), *shared
+        if self.queries == 1:
+            yield q.view(1, groups, size, q.shape[-1]), k, v
+
+    def attend(self, q, k, v, **options):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+    def masked(self, backend, q, k, v):
+        if self.queries in (1, self.keys):
+            return self.attend(q, k, v, is_causal=self.queries > 1)
+        if backend != SDPBackend.CUDNN_ATTENTION:
+            return self.attend(q, k, v, attn_mask=causal_lower_right(self.queries, self.keys))
+        first = self.keys - self.queries  # given the mask, it would want it as a tensor of [queries, keys]
+        self.attend(q, k[:, :, :first], v[:, :, :first])
+        return self.attend(q, k[:, :, first:], v[:, :, first:], is_causal=True)
+
+    def run(self, backend, form):
+        out = self.masked(backend, *form)
+        if self.backward:
+            torch.autograd.grad(out, self.leaves, out.detach())
+
+    def fastest(self):
+        """Seconds and the backend's name."""
+        best, which = math.inf, "none"
+        for backend in self.setting.backends:
+            for form in self.forms():
+                try:
+                    with sdpa_kernel(backend):
+                        seconds = self.setting.clock(lambda: self.run(backend, form), repeats=5, beat=best)  # noqa: B023
+                except RuntimeError:  # the backend does not take it so
+                    continue
+                if seconds < best:
+                    best, which = seconds, backend.name
+        if which == "none":
+            raise RuntimeError("no backend of scaled_dot_product_attention takes these tensors")
+        return best, which
 
 
-def tensors(queries, keys, requires_grad=False):
-    """q, k, v, q_idx, k_idx."""
-    shapes = ((queries, HQ, D), (keys, HKV, D), (keys, HKV, D), (queries, HKV, D), (keys, D))
-    return [torch.randn(*s, device="cuda", dtype=torch.bfloat16).requires_grad_(requires_grad) for s in shapes]
+def guard(setting, step_of, cost_of, small, large):
+    """Runs a step at a small size first: a kernel that would take minutes at the large one cannot be interrupted."""
+    step = step_of(small)
+    step()
+    predicted = setting.clock.once(step) * cost_of(large) / cost_of(small)
+    if predicted > SLOWEST_CALL and not setting.dry:
+        raise TooSlow(f"a call would take about {predicted:.0f} s, judged by {small} tokens; the limit is {SLOWEST_CALL:.0f} s")
 
 
-def random_blocks(queries, keys, realistic=False):
-    """Each row's own choice among what it sees, the local block always in it; `realistic`: sink, the two local blocks and
-    stripes that neighbouring rows share."""
-    position = torch.arange(keys - queries, keys, device="cuda")
-    last = position // BLOCK
-    rows = queries
+def random_blocks(setting, queries, keys, realistic):
+    """Ids [kv_heads, queries, topk]. Independent: each row's own choice among what it sees, the local block always in it.
+    Realistic: sink, the two local blocks, and stripes that 256 neighbouring rows share."""
+    position = torch.arange(keys - queries, keys, device=setting.device)
+    last = (position // setting.block)[None]
+    draws = setting.topk * 4
     if realistic:
-        stripes = torch.rand(HKV, (queries + 255) // 256, TOPK * 4, device="cuda").repeat_interleave(256, 1)[:, :rows]
+        runs = torch.rand(setting.kv_heads, (queries + 255) // 256, draws, device=setting.device)
+        chances = runs.repeat_interleave(256, 1)[:, :queries]
     else:
-        stripes = torch.rand(HKV, rows, TOPK * 4, device="cuda")
-    ids = (stripes * (last + 1)[None, :, None]).to(torch.int32)
-    ids[..., 0] = last[None]
+        chances = torch.rand(setting.kv_heads, queries, draws, device=setting.device)
+    ids = (chances * (last + 1)[..., None]).to(torch.int32)
+    ids[..., 0] = last
     if realistic:
-        ids[..., 1] = (last[None] - 1).clamp_min(0)
+        ids[..., 1] = (last - 1).clamp_min(0)
         ids[..., 2] = 0
-    # Ascending and unique: the first TOPK of what is left once repetitions are gone, the local block kept.
+    # Ascending and unique: the forced ones, then the first in a random order of what is left once repetitions are gone.
     order = ids.sort(-1).values
     fresh = torch.ones_like(order, dtype=torch.bool)
     fresh[..., 1:] = order[..., 1:] != order[..., :-1]
-    forced = (order == last[None, :, None]) | (realistic & ((order == 0) | (order == (last[None, :, None] - 1))))
-    # What a row takes: by itself, or mostly as the 64 rows around it do.
-    taste = torch.rand_like(order, dtype=torch.float32)
+    forced = order == last[..., None]
     if realistic:
-        common = torch.rand(HKV, (rows + 63) // 64, order.shape[-1], device="cuda").repeat_interleave(64, 1)[:, :rows]
-        taste = 0.85 * common + 0.15 * taste
-    rank = torch.where(fresh, torch.where(forced, -1.0, taste), 2.0)
-    taken = rank.argsort(-1)[..., :TOPK]
-    picked = torch.where(rank.gather(-1, taken) < 2, order.gather(-1, taken), torch.full_like(taken, 1 << 30, dtype=torch.int32))
-    picked = picked.sort(-1).values
-    return torch.where(picked == 1 << 30, -1, picked).contiguous()
+        forced |= (order == 0) | (order == (last - 1)[..., None])
+    rank = torch.where(fresh, torch.where(forced, -1.0, torch.rand(order.shape, device=setting.device)), 2.0)
+    taken = rank.argsort(-1)[..., : setting.topk]
+    none = 1 << 30
+    picked = torch.where(rank.gather(-1, taken) < 2, order.gather(-1, taken), none).to(torch.int32).sort(-1).values
+    return torch.where(picked == none, -1, picked).contiguous()
 
 
-def sdpa(q, k, v, causal, clock, backward=False):
-    """Seconds and name of torch's fastest dense attention on [rows, heads, dim] tensors; causal bottom-right when the
-    queries are the last of the keys."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.bias import causal_lower_right
+def prefill_row(s, report, part, queries, keys, goal):
+    shape = {"queries": s.tokens(queries), "keys": s.tokens(keys)}
 
-    best, which = math.inf, "none"
-    queries, keys = q.shape[0], k.shape[0]
-    shaped = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_(backward) for t in (q, k, v)]
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        def call():
-            options = {"enable_gqa": True}
-            if causal and queries == keys:
-                options["is_causal"] = True
-            elif causal and queries > 1:
-                options["attn_mask"] = causal_lower_right(queries, keys)
-            out = torch.nn.functional.scaled_dot_product_attention(*shaped, **options)
-            if backward:
-                torch.autograd.grad(out, shaped, out)
+    def row():
+        q, k, v, q_idx, k_idx = s.inputs(**shape)
+        cu = (s.bounds(shape["queries"]), s.bounds(shape["keys"]))
+        blocks = msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+        seconds = {"select": s.clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk))}
+        seconds["attend"] = s.clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, s.block))
+        seconds["dense"], which = Dense(s, q, k, v).fastest()
+        return {"seconds": seconds, "flops": s.flops(**shape), "speedup": seconds["dense"] / (seconds["select"] + seconds["attend"]),
+                "dense_backend": which, "flop_ratio_of_the_whole": s.flop_ratio(shape["keys"])}
 
-        try:
-            with sdpa_kernel(backend):
-                seconds = clock(call, repeats=5)
-        except RuntimeError:
-            continue
-        if seconds < best:
-            best, which = seconds, backend.name
-    return best, which
+    report.add(part, shape, row, ("speedup", goal))
 
 
-def visible_pairs(queries, keys):
-    return queries * keys - queries * (queries - 1) / 2
+def bench_prefill(s, report):
+    """The last 32K rows of a context stand for the whole: selection and sparse attention against dense attention."""
+    for keys, goal in ((1024 * K, 28.4), (512 * K, 25.6), (256 * K, 21.3), (128 * K, 16.0), (64 * K, 10.7)):
+        prefill_row(s, report, "prefill", 32 * K, keys, goal)
 
 
-def bench_prefill(clock, add, longest):
-    """The last `queries` rows of a context: selection plus sparse attention against dense attention."""
-    for keys in (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, 1024 * K):
-        if keys > longest:
-            continue
-        queries = min(keys, 32 * K)
-        q, k, v, q_idx, k_idx = tensors(queries, keys)
-        cu = (bounds(queries), bounds(keys))
-        blocks = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
-        select = clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK))
-        attend = clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, BLOCK))
-        dense, which = sdpa(q, k, v, True, clock)
-        pairs = visible_pairs(queries, keys)
-        flops = {"select": 2 * pairs * HKV * D, "attend": 4 * queries * HQ * D * TOPK * BLOCK, "dense": 4 * pairs * HQ * D}
-        add("prefill", {"queries": queries, "keys": keys}, {"select": select, "attend": attend, "dense": dense}, flops,
-            dense_backend=which, speedup=dense / (select + attend), flop_ratio=flops["dense"] / (flops["select"] + flops["attend"]))
+def bench_whole(s, report):
+    prefill_row(s, report, "prefill_whole", 128 * K, 128 * K, 16.0)
 
 
-def bench_decode(clock, add, longest):
+def bench_decode(s, report):
     """One token of one sequence, as a replayed graph."""
-    for keys in (64 * K, 128 * K, 512 * K, 1024 * K):
-        if keys > longest:
-            continue
-        q, k, v, q_idx, k_idx = tensors(1, keys)
-        cu = (bounds(1), bounds(keys))
+    for keys, goal in ((s.tokens(1024 * K), 14.0), (s.tokens(128 * K), None)):
 
-        def step():
-            chosen = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
-            return msa.sparse_attention(q, k, v, chosen, *cu, BLOCK)
+        def row(keys=keys):
+            q, k, v, q_idx, k_idx = s.inputs(1, keys)
+            cu = (s.bounds(1), s.bounds(keys))
 
-        sparse = clock.replay(step)
-        dense, which = sdpa(q, k, v, False, clock)
-        traffic = {"sparse": keys * D * 2 + TOPK * BLOCK * 2 * HKV * D * 2, "dense": keys * HKV * 2 * D * 2}
-        add("decode", {"queries": 1, "keys": keys}, {"sparse": sparse, "dense": dense}, {}, traffic, dense_backend=which,
-            speedup=dense / sparse)
+            def step():
+                chosen = msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+                return msa.sparse_attention(q, k, v, chosen, *cu, s.block)
 
+            seconds = {"msa": s.clock.replay(step)}
+            seconds["dense"], which = Dense(s, q, k, v).fastest()
+            wide = 2 * s.kv_heads * s.dim * 2  # bytes of a token's keys and values
+            traffic = {"msa": keys * s.dim * 2 + s.topk * s.block * wide, "dense": keys * wide}
+            return {"seconds": seconds, "traffic": traffic, "speedup": seconds["dense"] / seconds["msa"], "dense_backend": which}
 
-def with_screening(value, call):
-    def run():
-        os.environ["MSA_SCREEN"] = value
-        try:
-            return call()
-        finally:
-            del os.environ["MSA_SCREEN"]
-
-    return run
+        report.add("decode", {"queries": 1, "keys": keys}, row, goal and ("speedup", goal))
 
 
-def bench_selection(clock, add, longest):
-    """Block selection alone: exact scores of every block; screened in int8; and as a call decides, on keys that screening
-    helps and on keys (a common part 100 times the differences) that it does not."""
-    for keys in (64 * K, 128 * K, 256 * K, 1024 * K):
-        if keys > longest:
-            continue
-        queries = 8 * K
-        _, _, _, q_idx, k_idx = tensors(queries, keys)
-        cu = (bounds(queries), bounds(keys))
-        flops = 2 * visible_pairs(queries, keys) * HKV * D
-        for hard in (False, True):
-            if hard:
-                k_idx = k_idx + 100 * (torch.arange(D, device="cuda") % 3).to(k_idx.dtype)
+def bench_topk(s, report):
+    """Rows of SPEC section 10; torch.topk sorted or not, whichever is faster."""
+    for rows, blocks, topk, goal in (
+        (128 * K, 1024, 16, 8.0), (128 * K, 2048, 32, 5.0), (512 * K, 4096, 16, 8.0), (512 * K, 8192, 32, 5.0),
+    ):
 
-            def select():
-                return msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
+        def row(rows=s.tokens(rows), blocks=blocks, topk=topk):
+            scores = torch.randn(rows, blocks, device=s.device)
+            seconds = {"topk": s.clock(lambda: msa.topk_blocks(scores, topk))}
+            seconds["torch"] = min(s.clock(lambda: torch.topk(scores, topk, sorted=order)) for order in (False, True))
+            return {"seconds": seconds, "traffic": {"topk": scores.nbytes + rows * topk * 4},
+                    "speedup": seconds["torch"] / seconds["topk"]}
 
-            assert torch.equal(with_screening("0", select)(), with_screening("1", select)()), "screening changed a bit"
-            seconds = {"exact": clock(with_screening("0", select)), "screened": clock(with_screening("1", select)),
-                       "auto": clock(select)}
-            add("selection", {"queries": queries, "keys": keys, "keys_are": "biased" if hard else "normal"}, seconds,
-                dict.fromkeys(seconds, flops), speedup=seconds["exact"] / seconds["auto"])
+        report.add("topk", {"rows": s.tokens(rows), "blocks": blocks, "topk": topk}, row, ("speedup", goal))
 
 
-def bench_index_scan(clock, add, longest):
-    """Block selection of decoding and verification, as a replayed graph: bound by reading the index keys once."""
-    for keys in (128 * K, 1024 * K):
-        if keys > longest:
-            continue
-        for queries in (1, 4, 16):
-            _, _, _, q_idx, k_idx = tensors(queries, keys)
-            cu = (bounds(queries), bounds(keys))
-            narrow = k_idx.to(torch.float8_e4m3fn)
-            seconds = {
-                "bf16": clock.replay(lambda: msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)),
-                "float8": clock.replay(lambda: msa.select_blocks(q_idx, narrow, *cu, BLOCK, TOPK)),
-            }
-            add("index_scan", {"queries": queries, "keys": keys}, seconds, {}, {"bf16": keys * D * 2, "float8": keys * D})
+def bench_sparse_forward(s, report):
+    tokens = s.tokens(128 * K)
+    for kind, goal in (("independent", 400.0), ("realistic", 500.0)):
+
+        def row(kind=kind):
+            q, k, v, _, _ = s.inputs(tokens, tokens)
+            cu = (s.bounds(tokens), s.bounds(tokens))
+            blocks = random_blocks(s, tokens, tokens, kind == "realistic")
+            seconds = {"attend": s.clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, s.block))}
+            pairs = (blocks >= 0).sum().item() / s.kv_heads * s.block - tokens * s.block / 2  # half of the local block is unseen
+            return {"seconds": seconds, "flops": {"attend": 4 * pairs * s.query_heads * s.dim}}
+
+        shape = {"queries": tokens, "keys": tokens, "selection": kind}
+        report.add("sparse_forward", shape, row, ("TFLOP/s", goal))
 
 
-def bench_topk(clock, add, longest):
-    for rows, columns, topk in ((128 * K, 1024, 16), (128 * K, 1024, 32), (32 * K, 4096, 16), (16 * K, 8192, 16)):
-        scores = torch.randn(rows, columns, device="cuda")
-        ours = clock(lambda: msa.topk_blocks(scores, topk))
-        theirs = clock(lambda: torch.topk(scores, topk, sorted=False))
-        add("topk", {"rows": rows, "blocks": columns, "topk": topk}, {"topk": ours, "torch": theirs}, {},
-            {"topk": scores.nbytes + rows * topk * 4}, speedup=theirs / ours)
+def bench_index(s, report):
+    """Scores, block maxima and top-k of the last 32K rows of 1M keys; keys in bfloat16, and in float8 as a cache holds them."""
+    queries, keys = s.tokens(32 * K), s.tokens(1024 * K)
+    for dtype, goal in ((torch.bfloat16, 600.0), (torch.float8_e4m3fn, 1000.0)):
+
+        def step_of(count, dtype=dtype):
+            _, _, _, q_idx, k_idx = s.inputs(min(count, queries), count)
+            k_idx = k_idx.to(dtype)
+            cu = (s.bounds(q_idx.shape[0]), s.bounds(count))
+            return lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+
+        def row(step_of=step_of):
+            guard(s, step_of, lambda count: s.flops(min(count, queries), count)["select"], s.tokens(16 * K), keys)
+            flops = {"select": s.flops(queries, keys)["select"]}
+            return {"seconds": {"select": s.clock(step_of(keys))}, "flops": flops}
+
+        shape = {"queries": queries, "keys": keys, "keys_dtype": str(dtype).removeprefix("torch.")}
+        report.add("index", shape, row, ("TFLOP/s", goal))
 
 
-def union_of_neighbours(blocks):
-    """Blocks that eight neighbouring rows select among them, over what one of them does: 1 when they agree, 8 at most."""
-    tiles = blocks[:, : blocks.shape[1] // 8 * 8].reshape(HKV, -1, 8 * TOPK).sort(-1).values
-    fresh = tiles >= 0
-    own = fresh.sum().item()
-    fresh[..., 1:] &= tiles[..., 1:] != tiles[..., :-1]
-    return 8 * fresh.sum().item() / own
+def training_step(s, count):
+    q, k, v, q_idx, k_idx = s.inputs(count, count, requires_grad=True)
+    cu = (s.bounds(count), s.bounds(count))
+
+    def step():
+        chosen = msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+        out, _ = msa.sparse_attention(q, k, v, chosen, *cu, s.block)
+        kl = msa.index_kl(q_idx, k_idx, q.detach(), k.detach(), chosen, *cu, s.block)
+        torch.autograd.grad((out, kl), (q, k, v, q_idx, k_idx), (out.detach(), torch.ones_like(kl)))
+
+    step.tensors = (q, k, v)
+    return step
 
 
-def bench_sparse_forward(clock, add, longest):
-    for realistic in (False, True):
-        queries = keys = min(128 * K, longest)
-        q, k, v, _, _ = tensors(queries, keys)
-        cu = (bounds(queries), bounds(keys))
-        blocks = random_blocks(queries, keys, realistic)
-        seconds = clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, BLOCK))
-        pairs = (blocks >= 0).sum().item() / HKV * BLOCK - queries * BLOCK / 2  # half of the local block
-        add("sparse_forward", {"queries": queries, "keys": keys, "selection": "realistic" if realistic else "independent"},
-            {"attend": seconds}, {"attend": 4 * pairs * HQ * D}, union=union_of_neighbours(blocks))
+def bench_training(s, report):
+    """Selection, attention, KL and the backward of all over every token, against dense attention forward and backward."""
 
+    def cost(count):
+        flops = s.flops(count, count)
+        return flops["select"] + 5 * flops["attend"]
 
-def bench_dense_forward(clock, add, longest):
-    """Dense attention against torch's: whole sequences, a chunk behind a prefix, a decode step in bfloat16 and float8."""
-    for queries, keys in ((8 * K, 8 * K), (32 * K, 32 * K), (2 * K, 128 * K), (1, 128 * K), (1, 1024 * K)):
-        if keys > longest:
-            continue
-        q, k, v, _, _ = tensors(queries, keys)
-        cu = (bounds(queries), bounds(keys))
-        time_of = clock.replay if queries == 1 else clock
-        seconds = {"ours": time_of(lambda: msa.dense_attention(q, k, v, *cu))}
-        if queries == 1:
-            narrow = [t.to(torch.float8_e4m3fn) for t in (k, v)]
-            seconds["float8"] = time_of(lambda: msa.dense_attention(q, *narrow, *cu))
-        seconds["torch"], which = sdpa(q, k, v, queries > 1, clock)
-        flops = {name: 4 * visible_pairs(queries, keys) * HQ * D for name in ("ours", "torch")}
-        traffic = {"ours": keys * HKV * 2 * D * 2, "float8": keys * HKV * 2 * D} if queries == 1 else {}
-        add("dense_forward", {"queries": queries, "keys": keys}, seconds, flops, traffic, dense_backend=which,
-            speedup=seconds["torch"] / seconds["ours"])
+    for keys, goal in ((s.tokens(32 * K), 5.0), (s.tokens(128 * K), 12.0)):
 
+        def row(keys=keys):
+            guard(s, lambda count: training_step(s, count), cost, s.tokens(4 * K), keys)
+            step = training_step(s, keys)
+            seconds = {"msa": s.clock(step, repeats=5)}
+            seconds["dense"], which = Dense(s, *step.tensors, backward=True).fastest()
+            return {"seconds": seconds, "speedup": seconds["dense"] / seconds["msa"], "dense_backend": which}
 
-def bench_backward(clock, add, longest):
-    """Gradients alone: sparse of independent and realistic selections, dense, and torch's."""
-    for keys in (32 * K, 128 * K):
-        if keys > longest:
-            continue
-        q, k, v, _, _ = tensors(keys, keys, requires_grad=True)
-        cu = (bounds(keys), bounds(keys))
-        for realistic in (False, True):
-            blocks = random_blocks(keys, keys, realistic)
-            out, _ = msa.sparse_attention(q, k, v, blocks, *cu, BLOCK)
-            seconds = clock(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True))
-            pairs = (blocks >= 0).sum().item() / HKV * BLOCK - keys * BLOCK / 2
-            add("sparse_backward", {"queries": keys, "keys": keys, "selection": "realistic" if realistic else "independent"},
-                {"backward": seconds}, {"backward": 10 * pairs * HQ * D})
-        if keys > 32 * K:
-            continue
-        saved = msa.sparse_attention(q, k, v, random_blocks(keys, keys, False), *cu, BLOCK)  # any out and lse serve
-        seconds = clock(lambda: torch.ops.msa.dense_attention_backward(saved[0], None, q, k, v, *saved, *cu), repeats=5)
-        add("dense_backward", {"queries": keys, "keys": keys}, {"backward": seconds},
-            {"backward": 10 * visible_pairs(keys, keys) * HQ * D})
-
-
-def bench_index_kl(clock, add, longest):
-    """Both stages, forward and with the backward. Operations: the teacher's and the student's scores, which the forward takes
-    twice (log-sums first) and a backward once more (in the warmup stage once for queries and once for keys), and two
-    products of (Q - P)."""
-    for keys, warmup in ((32 * K, False), (128 * K, False), (8 * K, True), (32 * K, True)):
-        if keys > longest:
-            continue
-        q, k, _, q_idx, k_idx = tensors(keys, keys)
-        cu = (bounds(keys), bounds(keys))
-        blocks = None if warmup else random_blocks(keys, keys, realistic=True)
-        pairs = visible_pairs(keys, keys) if warmup else (blocks >= 0).sum().item() / HKV * BLOCK - keys * BLOCK / 2
-        leaves = (q_idx.requires_grad_(), k_idx.requires_grad_())
-
-        def forward():
-            return msa.index_kl(*leaves, q, k, blocks, *cu, BLOCK)
-
-        seconds = {"forward": clock(forward, repeats=5)}
-        seconds["both"] = clock(lambda: torch.autograd.grad(forward(), leaves), repeats=5)
-        scores, index = 2 * pairs * (HQ + HKV) * D, 2 * pairs * HKV * D
-        add("index_kl", {"queries": keys, "keys": keys, "stage": "warmup" if warmup else "sparse"}, seconds,
-            {"forward": 2 * scores, "both": (4 if warmup else 3) * scores + 2 * index})
-
-
-def bench_training(clock, add, longest):
-    for keys in (32 * K, 128 * K):
-        if keys > longest:
-            continue
-        q, k, v, q_idx, k_idx = tensors(keys, keys, requires_grad=True)
-        cu = (bounds(keys), bounds(keys))
-
-        def step():
-            chosen = msa.select_blocks(q_idx, k_idx, *cu, BLOCK, TOPK)
-            out, _ = msa.sparse_attention(q, k, v, chosen, *cu, BLOCK)
-            kl = msa.index_kl(q_idx, k_idx, q.detach(), k.detach(), chosen, *cu, BLOCK)
-            torch.autograd.grad((out, kl), (q, k, v, q_idx, k_idx), (out.detach(), torch.ones_like(kl)))
-
-        sparse = clock(step, repeats=5)
-        dense, which = sdpa(q, k, v, True, clock, backward=True)
-        add("training", {"queries": keys, "keys": keys}, {"sparse": sparse, "dense": dense}, {}, dense_backend=which,
-            speedup=dense / sparse)
+        report.add("training", {"queries": keys, "keys": keys}, row, ("speedup", goal))
 
 
 PARTS = {
     "topk": bench_topk,
+    "index": bench_index,
+    "sparse_forward": bench_sparse_forward,
     "decode": bench_decode,
     "prefill": bench_prefill,
-    "selection": bench_selection,
-    "index_scan": bench_index_scan,
-    "sparse_forward": bench_sparse_forward,
-    "dense_forward": bench_dense_forward,
-    "backward": bench_backward,
-    "index_kl": bench_index_kl,
+    "prefill_whole": bench_whole,
     "training": bench_training,
 }
+
+
+def measure_peaks(s):
+    """Matrix products a second in bfloat16 and float8, and bytes a second of a copy, all on random data."""
+    size = 8192 // s.shrink
+    a, b = (torch.randn(size, size, device=s.device, dtype=torch.bfloat16) for _ in range(2))
+    peaks = {"bf16_flops": 2 * size**3 / s.clock(lambda: a @ b), "fp8_flops": None}
+    try:
+        narrow, one = torch.float8_e4m3fn, torch.ones((), device=s.device)
+        a, b = a.to(narrow), b.to(narrow).t()
+        peaks["fp8_flops"] = 2 * size**3 / s.clock(lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16))
+    except (RuntimeError, AttributeError):  # a private function: there is no public one
+        pass
+    source = torch.randn((1 << 30) // s.shrink, device=s.device)
+    target = torch.empty_like(source)
+    peaks["copy_bytes"] = 2 * source.nbytes / s.clock(lambda: target.copy_(source))
+    return peaks
+
+
+def describe_machine(s):
+    if s.dry:
+        return {"in_words": f"dry run on the CPU ({platform.machine()}): the figures mean nothing"}
+    about = torch.cuda.get_device_properties(0)
+    memory = about.total_memory / 2**30
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
+    except OSError:
+        driver = ""
+    words = f"{about.name}, {about.multi_processor_count} multiprocessors, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+    words += f", driver {driver}" if driver else ""
+    return {"in_words": words, "gpu": about.name, "multiprocessors": about.multi_processor_count, "memory_gib": round(memory, 1),
+            "cuda": torch.version.cuda, "driver": driver}
+
+
+class Report:
+    """Rows and goals as they come; the file is complete after each of them."""
+
+    def __init__(self, setting, path, seconds):
+        s = setting
+        self.setting, self.path, self.deadline = setting, path, time.monotonic() + seconds
+        self.peaks = measure_peaks(setting)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+        self.data = {
+            "dry_run": s.dry, "machine": describe_machine(s), "torch": torch.__version__, "msa": msa.version(),
+            "commit": commit.strip(), "command": " ".join(["python", "bench/gpu_bench.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "geometry": {"query_heads": s.query_heads, "kv_heads": s.kv_heads, "head_dim": s.dim, "block_size": s.block,
+                         "topk": s.topk, "dtype": "bfloat16"},
+            "peaks": self.peaks, "rows": [], "goals": [], "left_out": [],
+        }
+        self.save()
+
+    def save(self):
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+    def add(self, part, shape, measure, goal=None):
+        """Measures a row, or says why not. `goal`: (unit, least)."""
+        row = {"part": part, **shape}
+        try:
+            if time.monotonic() > self.deadline:
+                raise TooSlow("out of time")
+            row |= self.rates(measure())
+            self.data["rows"].append(row)
+            text = self.describe(row)
+        except (TooSlow, RuntimeError) as error:  # out of memory among them
+            row["why"] = str(error).split("\n")[0]
+            self.data["left_out"].append(row)
+            text = "left out: " + row["why"]
+        if goal:
+            self.data["goals"].append({"part": part, **shape, **self.judge(row, *goal)})
+        self.save()
+        print(f"{part:<15} {' '.join(str(value) for value in shape.values()):<26} {text}", flush=True)
+        if not self.setting.dry:
+            torch.cuda.empty_cache()
+
+    def rates(self, row):
+        seconds = row["seconds"]
+        rates = {name: amount / seconds[name] for name, amount in row.pop("flops", {}).items()}
+        row["tflops"] = {name: rate / 1e12 for name, rate in rates.items()}
+        row["of_bf16_peak"] = {name: rate / self.peaks["bf16_flops"] for name, rate in rates.items()}
+        traffic = row.pop("traffic", {})
+        row["of_copy_peak"] = {name: amount / seconds[name] / self.peaks["copy_bytes"] for name, amount in traffic.items()}
+        return row
+
+    def describe(self, row):
+        text = " ".join(f"{name} {value * 1e3:.3f} ms" for name, value in row["seconds"].items())
+        text += "".join(f", {name} {value:.0f} TFLOP/s" for name, value in row["tflops"].items())
+        text += "".join(f", {name} {value:.0%} of copy" for name, value in row["of_copy_peak"].items())
+        return text + (f", {row['speedup']:.1f}x {row.get('dense_backend', 'torch.topk')}" if "speedup" in row else "")
+
+    def judge(self, row, unit, least):
+        """A dry run judges nothing."""
+        figure = None
+        if "seconds" in row:
+            figure = row["speedup"] if unit == "speedup" else max(row["tflops"].values())
+        reached = None if self.setting.dry or figure is None else figure >= least
+        return {"unit": unit, "goal": least, "figure": figure, "reached": reached}
+
+    def print_goals(self):
+        print("\ngoals:")
+        for goal in self.data["goals"]:
+            shape = [str(value) for name, value in goal.items() if name not in ("part", "unit", "goal", "figure", "reached")]
+            figure = "-" if goal["figure"] is None else f"{goal['figure']:.1f}"
+            verdict = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
+            print(f"  {goal['part']:<15} {' '.join(shape):<26} {figure:>8} of {goal['goal']:g} {goal['unit']}: {verdict}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--seconds", type=float, default=100, help="start no part after this long")
-    parser.add_argument("--longest", type=int, default=1024 * K, help="longest context, in tokens")
+    parser.add_argument("--seconds", type=float, default=150, help="start no row after this long")
     parser.add_argument("--only", action="append", choices=PARTS)
+    parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available() or not msa.cuda_is_built():
+    if not options.dry_run and not (torch.cuda.is_available() and msa.cuda_is_built()):
         print("gpu_bench: skipped: " + ("built without CUDA" if torch.cuda.is_available() else "no GPU on this machine"))
         return 0
     torch.manual_seed(0)
     msa.check_device_data(False)
-    clock, start = Clock(), time.monotonic()
-    peak = peaks(clock)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-    report = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "msa": msa.version(), "commit": commit,
-        "geometry": {"query_heads": HQ, "kv_heads": HKV, "head_dim": D, "block_size": BLOCK, "topk": TOPK, "dtype": "bfloat16"},
-        "peaks": peak, "rows": [], "left_out": [],
-    }
-    print(f"{report['device']}: {peak['bf16_flops'] / 1e12:.0f} TFLOP/s, copy {peak['copy_bytes'] / 1e12:.2f} TB/s", flush=True)
-
-    def save():
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1))
-
-    def add(part, shape, seconds, flops, traffic=None, **more):
-        row = {"part": part, **shape, "seconds": seconds, **more}
-        row["tflops"] = {name: value / seconds[name] / 1e12 for name, value in flops.items()}
-        row["of_bf16_peak"] = {name: value / seconds[name] / peak["bf16_flops"] for name, value in flops.items()}
-        row["of_copy_peak"] = {name: value / seconds[name] / peak["copy_bytes"] for name, value in (traffic or {}).items()}
-        report["rows"].append(row)
-        save()
-        text = " ".join(f"{name} {value * 1e3:.3f} ms" for name, value in seconds.items())
-        text += "".join(f", {name} {value:.0f} TFLOP/s" for name, value in row["tflops"].items())
-        text += "".join(f", {name} {value:.0%} of copy" for name, value in row["of_copy_peak"].items())
-        text += f", {more['speedup']:.1f}x" if "speedup" in more else ""
-        print(f"{part:<15} {' '.join(str(value) for value in shape.values()):<24} {text}", flush=True)
-
-    for name, part in PARTS.items():
-        if options.only and name not in options.only:
-            continue
-        if time.monotonic() - start > options.seconds:
-            report["left_out"].append({"part": name, "why": "out of time"})
-            continue
-        try:
-            part(clock, add, options.longest)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            report["left_out"].append({"part": name, "why": str(error).split("\n")[0]})
-            print(f"{name}: left out: {report['left_out'][-1]['why']}", flush=True)
-        torch.cuda.empty_cache()
-    save()
+    setting = Setting(options.dry_run)
+    report = Report(setting, options.json, options.seconds)
+    peaks, words = report.peaks, report.data["machine"]["in_words"]
+    print(f"{words}: bf16 {peaks['bf16_flops'] / 1e12:.0f} TFLOP/s, copy {peaks['copy_bytes'] / 1e12:.2f} TB/s", flush=True)
+    for name in options.only or PARTS:
+        PARTS[name](setting, report)
+    report.print_goals()
     return 0
 
 
