@@ -241,8 +241,9 @@ def prefill_row(s, report, part, queries, keys, goal):
         seconds = {"select": s.clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk))}
         seconds["attend"] = s.clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, s.block))
         seconds["dense"], which = Dense(s, q, k, v).fastest()
-        return {"seconds": seconds, "flops": s.flops(**shape), "speedup": seconds["dense"] / (seconds["select"] + seconds["attend"]),
-                "dense_backend": which, "flop_ratio_of_the_whole": s.flop_ratio(shape["keys"])}
+        speedup = seconds["dense"] / (seconds["select"] + seconds["attend"])
+        return {"seconds": seconds, "flops": s.flops(**shape), "speedup": speedup, "dense_backend": which,
+                "flop_ratio_of_the_whole": s.flop_ratio(shape["keys"])}
 
     report.add(part, shape, row, ("speedup", goal))
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "msa/error.h"
@@ -15,18 +16,18 @@ namespace msa::bench {
 namespace {
 
 struct Series {
-  const char* row;  // in the section "prefill"
+  Curve curve;
   const char* label;
   const char* colour;
   const char* dash;
   double width;
 };
-// Colours that the colour-blind tell apart (Okabe and Ito); dense ones dashed or grey.
+// Colours that the colour-blind tell apart (Okabe and Ito); dense ones dashed or grey. MSA last: on top.
 constexpr Series kSeries[] = {
-    {"torch sdpa float32", "torch SDPA, float32", "#999999", "2 5", 2},
-    {"torch sdpa bfloat16", "torch SDPA, bfloat16", "#555555", "7 4", 2},
-    {"dense_attention", "dense_attention", "#e69f00", "", 2},
-    {"msa layer (select + sparse)", "MSA (select + sparse)", "#0072b2", "", 3.5},
+    {Curve::kTorchFloat32, "torch SDPA, float32", "#999999", "2 5", 2},
+    {Curve::kTorchBFloat16, "torch SDPA, bfloat16", "#555555", "7 4", 2},
+    {Curve::kDense, "dense_attention", "#e69f00", "", 2},
+    {Curve::kMsa, "MSA (select + sparse)", "#0072b2", "", 3.5},
 };
 
 struct Point {
@@ -74,14 +75,12 @@ std::string line(double x1, double y1, double x2, double y2, const char* attribu
   return format("<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" %s/>\n", x1, y1, x2, y2, attributes);
 }
 
-std::vector<Line> collect(const OpBenchResult& result) {
+std::vector<Line> collect(const Plot& plot) {
   std::vector<Line> lines;
   for (const Series& series : kSeries) {
     Line found{&series, {}};
-    for (const OpBenchRow& row : result.rows) {
-      if (row.section == "prefill" && row.name == series.row) {
-        found.points.push_back({static_cast<double>(row.context), row.seconds * 1e3});
-      }
+    for (const PlotPoint& point : plot.points) {
+      if (point.curve == series.curve) found.points.push_back({point.context, point.seconds * 1e3});
     }
     std::sort(found.points.begin(), found.points.end(),
               [](const Point& a, const Point& b) { return a.context < b.context; });
@@ -90,11 +89,48 @@ std::vector<Line> collect(const OpBenchResult& result) {
   return lines;
 }
 
+// Text between tags.
+std::string escape(const std::string& content) {
+  std::string escaped;
+  for (const char c : content) {
+    if (c == '<') {
+      escaped += "&lt;";
+    } else if (c == '&') {
+      escaped += "&amp;";
+    } else {
+      escaped += c;
+    }
+  }
+  return escaped;
+}
+
 }  // namespace
 
-std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& result) {
-  const std::vector<Line> lines = collect(result);
-  if (lines.empty() || std::string(lines.back().series->row) != kSeries[3].row) {
+Plot prefill_plot(const OpBenchOptions& options, const OpBenchResult& result) {
+  const auto number = [](std::int64_t value) { return static_cast<long long>(value); };
+  Plot plot;
+  plot.title = format("Attention of the last %lld tokens against the context", number(options.queries));
+  plot.subtitle =
+      format("%lld query / %lld kv heads, head dimension %lld, %lld blocks of %lld; %s; %d threads, %s",
+             number(options.query_heads), number(options.kv_heads), number(options.head_dim), number(options.topk),
+             number(options.block_size), options.dtype.c_str(), result.threads, result.instruction_set.c_str());
+  const std::pair<const char*, Curve> rows[] = {{"torch sdpa float32", Curve::kTorchFloat32},
+                                                {"torch sdpa bfloat16", Curve::kTorchBFloat16},
+                                                {"dense_attention", Curve::kDense},
+                                                {"msa layer (select + sparse)", Curve::kMsa}};
+  for (const OpBenchRow& row : result.rows) {
+    for (const auto& [name, curve] : rows) {
+      if (row.section == "prefill" && row.name == name) {
+        plot.points.push_back({curve, static_cast<double>(row.context), row.seconds});
+      }
+    }
+  }
+  return plot;
+}
+
+std::string draw(const Plot& plot) {
+  const std::vector<Line> lines = collect(plot);
+  if (lines.empty() || lines.back().series->curve != Curve::kMsa) {
     throw Error("bench: there is no time of an MSA layer to plot; time the op layer, or all");
   }
   double least_x = lines[0].points[0].context, most_x = least_x;
@@ -119,16 +155,8 @@ std::string plot_prefill(const OpBenchOptions& options, const OpBenchResult& res
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %g %g\" font-family=\"Helvetica, Arial, "
       "sans-serif\" font-size=\"13\" fill=\"#222\">\n<rect width=\"%g\" height=\"%g\" fill=\"white\"/>\n",
       kWidth, kHeight, kWidth, kHeight);
-  svg += text(84, 34,
-              format("Attention of the last %lld tokens against the context", static_cast<long long>(options.queries)),
-              "font-size=\"18\" font-weight=\"bold\"");
-  svg += text(84, 56,
-              format("%lld query / %lld kv heads, head dimension %lld, %lld blocks of %lld; %s; %d threads, %s",
-                     static_cast<long long>(options.query_heads), static_cast<long long>(options.kv_heads),
-                     static_cast<long long>(options.head_dim), static_cast<long long>(options.topk),
-                     static_cast<long long>(options.block_size), options.dtype.c_str(), result.threads,
-                     result.instruction_set.c_str()),
-              "fill=\"#555\"");
+  svg += text(84, 34, escape(plot.title), "font-size=\"18\" font-weight=\"bold\"");
+  svg += text(84, 56, escape(plot.subtitle), "fill=\"#555\"");
 
   // The grid: 1, 2 and 5 of every decade, and the contexts that were timed.
   for (double decade = std::pow(10, std::floor(std::log10(y.low))); decade <= y.high; decade *= 10) {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "apps/msa/bench_results.h"
 #include "apps/msa/commands.h"
 #include "apps/msa/interrupt.h"
 #include "bench/op_bench.h"
@@ -23,6 +24,7 @@ struct BenchFlags {
   bench::OpBenchOptions options;
   std::string geometry;
   std::string plot;
+  std::string from;
   bool json = false;
 };
 
@@ -177,6 +179,27 @@ void apply_geometry(const CLI::App& command, BenchFlags& flags) {
   set("--topk", o.topk, 16);
 }
 
+std::ofstream open_plot(const std::string& path) {
+  std::ofstream plot(path);
+  if (!plot) throw Error("bench: --plot: cannot write '" + path + "'");
+  return plot;
+}
+
+void write_plot(std::ofstream& file, const bench::Plot& plot, const std::string& path) {
+  file << bench::draw(plot);
+  file.close();
+  if (!file) throw Error("bench: --plot: could not write all of '" + path + "'");
+  fmt::print(stderr, "wrote {}\n", path);
+}
+
+/// Draws results that are there already; times nothing.
+void plot_results(const BenchFlags& flags) {
+  const bench::Plot plot = read_plot(flags.from);
+  bench::draw(plot);  // what cannot be drawn leaves no empty file
+  std::ofstream file = open_plot(flags.plot);
+  write_plot(file, plot, flags.plot);
+}
+
 void run_bench(const BenchFlags& flags) {
   const bench::OpBenchOptions& options = flags.options;
   std::ofstream plot;
@@ -185,8 +208,7 @@ void run_bench(const BenchFlags& flags) {
       return std::find(options.ops.begin(), options.ops.end(), op) != options.ops.end();
     };
     if (!has("all") && !has("layer")) throw Error("bench: --plot: needs the op layer, or all");
-    plot.open(flags.plot);
-    if (!plot) throw Error("bench: --plot: cannot write '" + flags.plot + "'");
+    plot = open_plot(flags.plot);
   }
   const InterruptGuard guard;
   bench::OpBenchHooks hooks;
@@ -200,10 +222,7 @@ void run_bench(const BenchFlags& flags) {
     throw CLI::RuntimeError(kInterruptedStatus);
   }
   if (!flags.plot.empty()) {
-    plot << bench::plot_prefill(options, result);
-    plot.close();
-    if (!plot) throw Error("bench: --plot: could not write all of '" + flags.plot + "'");
-    fmt::print(stderr, "wrote {}\n", flags.plot);
+    write_plot(plot, bench::prefill_plot(options, result), flags.plot);
   }
 }
 
@@ -249,9 +268,14 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--budget", options->budget_seconds, "seconds after which a row is not repeated")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command->add_option("--plot", flags->plot, "write a picture (SVG) of time against context");
+  CLI::Option* plot = command->add_option("--plot", flags->plot, "write a picture (SVG) of time against context");
+  command
+      ->add_option("--from", flags->from,
+                   "time nothing: --plot what is in a JSON file of this command or of gpu_bench.py")
+      ->needs(plot);
   command->add_flag("--json", flags->json, "print JSON");
   command->callback([flags, command] {
+    if (!flags->from.empty()) return plot_results(*flags);
     if (!flags->geometry.empty()) apply_geometry(*command, *flags);
     run_bench(*flags);
   });
