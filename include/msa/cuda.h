@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The GPU of Backend::kCuda: whether this build and this machine have one, and device memory for programs that have no
-// CUDA runtime of their own to allocate it with. The device memory has no test yet: nothing has run on a GPU.
+// CUDA runtime of their own to allocate it with (`msa check`). Tested in tests/cuda/conformance_test.cc, emulated, and
+// by tests/cuda/test_gpu_programs.py where there is a GPU.
 #pragma once
 
 #include <cstddef>

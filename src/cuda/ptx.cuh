@@ -2,7 +2,7 @@
 // The Hopper instructions that C++ has no name for, and the only inline PTX of the library: barriers in shared memory,
 // asynchronous copies, warpgroup matrix products, register quotas, dependent launches. Thin functions; each says what
 // layout it expects. Under MSA_CUDA_EMULATION the same functions come from tests/cuda/emulator/ptx.h. Tested in
-// tests/cuda/ptx_emulation_test.cc.
+// tests/cuda/ptx_emulation_test.cc and, on a device, tests/cuda/ptx_test.cu.
 #pragma once
 
 #include <cstddef>
