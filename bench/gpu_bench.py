@@ -13,9 +13,11 @@ out with the reason; its goal then has no figure.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -311,24 +313,108 @@ def bench_sparse_forward(s, report):
         report.add("sparse_forward", shape, row, ("TFLOP/s", goal))
 
 
+@contextlib.contextmanager
+def screening(value):
+    """MSA_SCREEN for as long as it lasts; None leaves the choice to the call."""
+    if value is not None:
+        os.environ["MSA_SCREEN"] = value
+    try:
+        yield
+    finally:
+        os.environ.pop("MSA_SCREEN", None)
+
+
 def bench_index(s, report):
-    """Scores, block maxima and top-k of the last 32K rows of 1M keys; keys in bfloat16, and in float8 as a cache holds them."""
+    """Scores, block maxima and top-k of the last 32K rows of 1M keys: every block scored exactly, screened first (the same
+    ids), and from keys in float8. Operations are those of all scores, however few of them were computed exactly."""
     queries, keys = s.tokens(32 * K), s.tokens(1024 * K)
-    for dtype, goal in ((torch.bfloat16, 600.0), (torch.float8_e4m3fn, 1000.0)):
+    kinds = (("exact", torch.bfloat16, "0", 600.0), ("screened", torch.bfloat16, "1", 1000.0),
+             ("float8 keys", torch.float8_e4m3fn, None, None))
+    ids = {}
+    for kind, dtype, switch, goal in kinds:
 
         def step_of(count, dtype=dtype):
+            torch.manual_seed(1)
             _, _, _, q_idx, k_idx = s.inputs(min(count, queries), count)
             k_idx = k_idx.to(dtype)
             cu = (s.bounds(q_idx.shape[0]), s.bounds(count))
             return lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
 
-        def row(step_of=step_of):
-            guard(s, step_of, lambda count: s.flops(min(count, queries), count)["select"], s.tokens(16 * K), keys)
-            flops = {"select": s.flops(queries, keys)["select"]}
-            return {"seconds": {"select": s.clock(step_of(keys))}, "flops": flops}
+        def row(kind=kind, switch=switch, step_of=step_of):
+            with screening(switch):
+                guard(s, step_of, lambda count: s.flops(min(count, queries), count)["select"], s.tokens(16 * K), keys)
+                step = step_of(keys)
+                ids[kind] = step()
+                if kind == "screened" and "exact" in ids and not torch.equal(ids["exact"], ids["screened"]):
+                    raise RuntimeError("screening changed the selection")
+                return {"seconds": {"select": s.clock(step)}, "flops": {"select": s.flops(queries, keys)["select"]}}
 
-        shape = {"queries": queries, "keys": keys, "keys_dtype": str(dtype).removeprefix("torch.")}
-        report.add("index", shape, row, ("TFLOP/s", goal))
+        report.add("index", {"queries": queries, "keys": keys, "kind": kind}, row, goal and ("TFLOP/s", goal))
+
+
+def bench_screening(s, report):
+    """8K rows: screening off, forced, and as a call decides, on normal keys and on ones that it does not help (a part common
+    to all of them is 100 times their differences)."""
+    queries = s.tokens(8 * K)
+    for keys in (s.tokens(128 * K), s.tokens(1024 * K)):
+        for kind in ("normal", "biased"):
+
+            def row(keys=keys, kind=kind):
+                _, _, _, q_idx, k_idx = s.inputs(queries, keys)
+                if kind == "biased":
+                    k_idx = k_idx + 100 * (torch.arange(s.dim, device=s.device) % 3).to(k_idx.dtype)
+                cu = (s.bounds(queries), s.bounds(keys))
+                seconds = {}
+                for name, switch in (("exact", "0"), ("screened", "1"), ("chosen", None)):
+                    with screening(switch):
+                        seconds[name] = s.clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk))
+                return {"seconds": seconds, "flops": dict.fromkeys(seconds, s.flops(queries, keys)["select"])}
+
+            report.add("screening", {"queries": queries, "keys": keys, "kind": kind}, row)
+
+
+def bench_index_scan(s, report):
+    """Selection of decoding and verification, as a replayed graph: bound by reading the index keys once."""
+    for keys in (s.tokens(128 * K), s.tokens(1024 * K)):
+        for queries in (1, 16):
+
+            def row(keys=keys, queries=queries):
+                _, _, _, q_idx, k_idx = s.inputs(queries, keys)
+                cu = (s.bounds(queries), s.bounds(keys))
+                seconds, traffic = {}, {}
+                for name, stored in (("bf16", k_idx), ("float8", k_idx.to(torch.float8_e4m3fn))):
+                    seconds[name] = s.clock.replay(lambda: msa.select_blocks(q_idx, stored, *cu, s.block, s.topk))  # noqa: B023
+                    traffic[name] = stored.nbytes
+                return {"seconds": seconds, "traffic": traffic}
+
+            report.add("index_scan", {"queries": queries, "keys": keys}, row)
+
+
+def bench_dense_forward(s, report):
+    """Our dense attention against torch's: whole sequences, a chunk behind a prefix, and a step of decoding."""
+    for queries, keys in ((8 * K, 8 * K), (32 * K, 32 * K), (2 * K, 128 * K), (s.shrink, 1024 * K)):
+        queries, keys = s.tokens(queries), s.tokens(keys)
+
+        def row(queries=queries, keys=keys):
+            def step_of(count):
+                q, k, v, _, _ = s.inputs(queries, count)
+                cu = (s.bounds(queries), s.bounds(count))
+
+                def step():
+                    return msa.dense_attention(q, k, v, *cu)
+
+                step.tensors = (q, k, v)
+                return step
+
+            least = max(queries, s.tokens(4 * K))
+            guard(s, step_of, lambda count: s.flops(queries, count)["dense"], min(least, keys), keys)
+            step = step_of(keys)
+            seconds = {"msa": s.clock.replay(step) if queries == 1 else s.clock(step)}
+            seconds["dense"], which = Dense(s, *step.tensors).fastest()
+            flops = dict.fromkeys(seconds, s.flops(queries, keys)["dense"])
+            return {"seconds": seconds, "flops": flops, "speedup": seconds["dense"] / seconds["msa"], "dense_backend": which}
+
+        report.add("dense_forward", {"queries": queries, "keys": keys}, row)
 
 
 def training_step(s, count):
@@ -372,6 +458,9 @@ PARTS = {
     "prefill": bench_prefill,
     "prefill_whole": bench_whole,
     "training": bench_training,
+    "index_scan": bench_index_scan,
+    "screening": bench_screening,
+    "dense_forward": bench_dense_forward,
 }
 
 

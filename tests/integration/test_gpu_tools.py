@@ -46,7 +46,7 @@ def test_a_dry_run_goes_through_every_row(dry_bench):
     assert report["left_out"] == [] and report["dry_run"] is True
     assert {row["part"] for row in report["rows"]} == set(gpu_bench.PARTS)
     # Every goal of the table: five contexts and the whole pass, decode, four of top-k, two selections, two of the index, two of
-    # training.
+    # training. Other rows have none.
     assert len(report["goals"]) == 5 + 1 + 1 + 4 + 2 + 2 + 2
     assert all(goal["figure"] > 0 and goal["reached"] is None for goal in report["goals"])
     assert all(seconds > 0 for row in report["rows"] for seconds in row["seconds"].values())
