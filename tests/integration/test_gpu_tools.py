@@ -29,20 +29,24 @@ gpu_check = load("gpu_check", ROOT / "tools/gpu_check")
 gpu_bench = load("gpu_bench", ROOT / "bench/gpu_bench.py")
 
 
-# bench/gpu_bench.py
+def run_check(*arguments):
+    command = [sys.executable, ROOT / "tools/gpu_check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
-def dry_bench(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, ROOT / "bench/gpu_bench.py", "--dry-run", "--json", path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
-    return path, json.loads(path.read_text()), result.stdout
+def dry_run(tmp_path_factory):
+    """One dry run of everything: where it left its files, and the finished process."""
+    out = tmp_path_factory.mktemp("gpu")
+    return out, run_check("--dry-run", "--out", out)
 
 
-def test_a_dry_run_goes_through_every_row(dry_bench):
-    _, report, text = dry_bench
+# bench/gpu_bench.py
+
+
+def test_a_dry_run_goes_through_every_row(dry_run):
+    out, _ = dry_run
+    report, text = json.loads((out / "bench.json").read_text()), (out / "bench.log").read_text()
     assert report["left_out"] == [] and report["dry_run"] is True
     assert {row["part"] for row in report["rows"]} == set(gpu_bench.PARTS)
     # Every goal of the table: five contexts and the whole pass, decode, four of top-k, two selections, two of the index, two of
@@ -142,7 +146,7 @@ def test_selections_are_what_the_operators_take(realistic):
 # msa bench --from
 
 
-def test_results_of_a_gpu_are_drawn(msa, tmp_path, dry_bench):
+def test_results_of_a_gpu_are_drawn(msa, tmp_path, dry_run):
     made_up = tmp_path / "made-up-not-measured.json"
     rows = [{"part": "prefill", "queries": 32768, "keys": keys,
              "seconds": {"select": keys / 1e9, "attend": 1e-3, "dense": keys / 1e6}} for keys in (65536, 131072, 1048576)]
@@ -150,7 +154,7 @@ def test_results_of_a_gpu_are_drawn(msa, tmp_path, dry_bench):
     geometry = {"query_heads": 64, "kv_heads": 4, "head_dim": 128, "block_size": 128, "topk": 16, "dtype": "bfloat16"}
     made_up.write_text(json.dumps({"machine": {"in_words": "no machine <made up>"}, "geometry": geometry, "rows": rows}))
     for source, words in ((made_up, ["64K", "1M", "no machine <made up>", "64 query / 4 kv heads", "last 32768 tokens"]),
-                          (dry_bench[0], ["4K", "mean nothing"])):
+                          (dry_run[0] / "bench.json", ["4K", "mean nothing"])):
         result = msa("bench", "--from", source, "--plot", tmp_path / "plot.svg")
         assert result.returncode == 0, result.stderr
         text = " ".join(xml.etree.ElementTree.parse(tmp_path / "plot.svg").getroot().itertext())
@@ -179,15 +183,10 @@ def test_what_is_no_result_is_refused(msa, tmp_path):
 # tools/gpu_check
 
 
-def run_check(*arguments, env=None):
-    command = [sys.executable, ROOT / "tools/gpu_check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={**ENVIRONMENT, **(env or {})})
-
-
-def test_a_dry_run_does_every_part(tmp_path):
-    result = run_check("--dry-run", "--out", tmp_path)
+def test_a_dry_run_does_every_part(dry_run):
+    out, result = dry_run
     assert result.returncode == 0, result.stdout + result.stderr
-    parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    parts = json.loads((out / "gpu_check.json").read_text())["parts"]
     assert list(parts) == ["ptx", "check", "tests", "bench", "sanitize"] and all(part["ok"] for part in parts.values())
     assert int(parts["tests"]["what"].split()[0]) > int(parts["sanitize"]["what"].split()[1]) > 20
     assert len(parts["bench"]["goals"]) == 17
