@@ -226,11 +226,30 @@ def random_blocks(setting, queries, keys, realistic):
     forced = order == last[..., None]
     if realistic:
         forced |= (order == 0) | (order == (last - 1)[..., None])
-    rank = torch.where(fresh, torch.where(forced, -1.0, torch.rand(order.shape, device=setting.device)), 2.0)
+    # What a row takes: by itself, or mostly as the 64 rows around it do.
+    taste = torch.rand(order.shape, device=setting.device)
+    if realistic:
+        common = torch.rand(setting.kv_heads, (queries + 63) // 64, draws, device=setting.device)
+        taste = 0.85 * common.repeat_interleave(64, 1)[:, :queries] + 0.15 * taste
+    rank = torch.where(fresh, torch.where(forced, -1.0, taste), 2.0)
     taken = rank.argsort(-1)[..., : setting.topk]
     none = 1 << 30
     picked = torch.where(rank.gather(-1, taken) < 2, order.gather(-1, taken), none).to(torch.int32).sort(-1).values
     return torch.where(picked == none, -1, picked).contiguous()
+
+
+def union_of_neighbours(setting, blocks):
+    """Blocks that eight neighbouring rows select among them, over what one of them does: 1 when they agree, 8 at most."""
+    tiles = blocks[:, : blocks.shape[1] // 8 * 8].reshape(setting.kv_heads, -1, 8 * setting.topk).sort(-1).values
+    fresh = tiles >= 0
+    own = fresh.sum().item()
+    fresh[..., 1:] &= tiles[..., 1:] != tiles[..., :-1]
+    return 8 * fresh.sum().item() / own
+
+
+def selected_pairs(setting, blocks, tokens):
+    """Of a query and a key it attends to, whole sequences; half of a local block is not seen."""
+    return (blocks >= 0).sum().item() / setting.kv_heads * setting.block - tokens * setting.block / 2
 
 
 def prefill_row(s, report, part, queries, keys, goal):
@@ -306,8 +325,8 @@ def bench_sparse_forward(s, report):
             cu = (s.bounds(tokens), s.bounds(tokens))
             blocks = random_blocks(s, tokens, tokens, kind == "realistic")
             seconds = {"attend": s.clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, s.block))}
-            pairs = (blocks >= 0).sum().item() / s.kv_heads * s.block - tokens * s.block / 2  # half of the local block is unseen
-            return {"seconds": seconds, "flops": {"attend": 4 * pairs * s.query_heads * s.dim}}
+            flops = {"attend": 4 * selected_pairs(s, blocks, tokens) * s.query_heads * s.dim}
+            return {"seconds": seconds, "flops": flops, "union": union_of_neighbours(s, blocks)}
 
         shape = {"queries": tokens, "keys": tokens, "selection": kind}
         report.add("sparse_forward", shape, row, ("TFLOP/s", goal))
@@ -450,6 +469,61 @@ def bench_training(s, report):
         report.add("training", {"queries": keys, "keys": keys}, row, ("speedup", goal))
 
 
+def bench_backward(s, report):
+    """Gradients alone: of sparse attention on independent and on realistic selections, and of dense attention."""
+    for tokens in (s.tokens(32 * K), s.tokens(128 * K)):
+        for kind in ("independent", "realistic"):
+
+            def row(tokens=tokens, kind=kind):
+                q, k, v, _, _ = s.inputs(tokens, tokens, requires_grad=True)
+                cu = (s.bounds(tokens), s.bounds(tokens))
+                blocks = random_blocks(s, tokens, tokens, kind == "realistic")
+                out, _ = msa.sparse_attention(q, k, v, blocks, *cu, s.block)
+                seconds = s.clock(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True), repeats=5)
+                flops = 10 * selected_pairs(s, blocks, tokens) * s.query_heads * s.dim
+                return {"seconds": {"backward": seconds}, "flops": {"backward": flops}}
+
+            report.add("backward", {"queries": tokens, "keys": tokens, "kind": kind}, row)
+
+    tokens = s.tokens(32 * K)
+
+    def dense():
+        q, k, v, _, _ = s.inputs(tokens, tokens)
+        cu = (s.bounds(tokens), s.bounds(tokens))
+        grad = torch.ops.msa.dense_attention_backward
+        saved = msa.sparse_attention(q, k, v, random_blocks(s, tokens, tokens, False), *cu, s.block)  # any out and lse serve
+        seconds = s.clock(lambda: grad(saved[0], None, q, k, v, *saved, *cu, None, None), repeats=5)
+        return {"seconds": {"backward": seconds}, "flops": {"backward": 2.5 * s.flops(tokens, tokens)["dense"]}}
+
+    report.add("backward", {"queries": tokens, "keys": tokens, "kind": "dense"}, dense)
+
+
+def bench_index_kl(s, report):
+    """Both stages, forward and with the backward. Operations: the teacher's and the student's scores, which the forward takes
+    twice (log-sums first) and a backward once more (in the warmup stage once for queries and once for keys), and two products
+    of (Q - P)."""
+    for tokens, stage in ((32 * K, "sparse"), (128 * K, "sparse"), (8 * K, "warmup"), (32 * K, "warmup")):
+        tokens = s.tokens(tokens)
+
+        def row(tokens=tokens, stage=stage):
+            q, k, _, q_idx, k_idx = s.inputs(tokens, tokens)
+            cu = (s.bounds(tokens), s.bounds(tokens))
+            blocks = None if stage == "warmup" else random_blocks(s, tokens, tokens, True)
+            leaves = (q_idx.requires_grad_(), k_idx.requires_grad_())
+
+            def forward():
+                return msa.index_kl(*leaves, q, k, blocks, *cu, s.block)
+
+            seconds = {"forward": s.clock(forward, repeats=5)}
+            seconds["both"] = s.clock(lambda: torch.autograd.grad(forward(), leaves), repeats=5)
+            pairs = tokens * (tokens + 1) / 2 if blocks is None else selected_pairs(s, blocks, tokens)
+            scores, index = 2 * pairs * (s.query_heads + s.kv_heads) * s.dim, 2 * pairs * s.kv_heads * s.dim
+            flops = {"forward": 2 * scores, "both": (4 if blocks is None else 3) * scores + 2 * index}
+            return {"seconds": seconds, "flops": flops}
+
+        report.add("index_kl", {"queries": tokens, "keys": tokens, "kind": stage}, row)
+
+
 PARTS = {
     "topk": bench_topk,
     "index": bench_index,
@@ -461,6 +535,8 @@ PARTS = {
     "index_scan": bench_index_scan,
     "screening": bench_screening,
     "dense_forward": bench_dense_forward,
+    "backward": bench_backward,
+    "index_kl": bench_index_kl,
 }
 
 

@@ -68,6 +68,8 @@ float host_to_float(T x) {
     return core::f16_to_float(x.bits);
   } else if constexpr (std::is_same_v<T, Float8E4M3>) {
     return core::f8_to_float(x.bits);
+  } else if constexpr (std::is_same_v<T, Int8>) {
+    return x.value;
   } else {
     return x;
   }
@@ -96,7 +98,14 @@ template <class T>
 std::vector<T> random_integers(std::size_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<T> values(count);
-  for (T& value : values) value = host_from_float<T>(static_cast<float>(static_cast<int>(random() % 7) - 3));
+  for (T& value : values) {
+    const int number = static_cast<int>(random() % 7) - 3;
+    if constexpr (std::is_same_v<T, Int8>) {
+      value = {static_cast<std::int8_t>(number * 40)};  // sums beyond 16 bits
+    } else {
+      value = host_from_float<T>(static_cast<float>(number));
+    }
+  }
   return values;
 }
 inline std::vector<float> counting(std::size_t count, float first = 1) {

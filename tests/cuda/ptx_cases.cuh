@@ -21,6 +21,7 @@ inline void visit_cases(const Visit& visit) {
   visit_products<Float16, 256>(visit);
   visit_products<Float8E4M3, 32>(visit);
   visit_products<Float8E4M3, 128>(visit);
+  visit_products<Int8, 128>(visit);
   visit("register quotas", quotas);
   visit("boxes through a pipeline", pipeline);
   for (const Swizzle swizzle : {Swizzle::kNone, Swizzle::k128, Swizzle::k64, Swizzle::k32}) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "src/cuda/ptx.cuh"
@@ -61,7 +62,7 @@ __global__ void multiply(const T* a, const T* b, float* d, Swizzle swizzle) {
   constexpr ptx::Major kMajorA = kOuterA ? ptx::Major::kOuter : ptx::Major::kInner;
   constexpr ptx::Major kMajorB = kOuterB ? ptx::Major::kOuter : ptx::Major::kInner;
   const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float sums[N / 2];
+  std::conditional_t<std::is_same_v<T, Int8>, std::int32_t, float> sums[N / 2];
   std::uint32_t fragments[kSteps][4];
   if constexpr (kRegistersA) {
 #pragma unroll
@@ -87,6 +88,8 @@ __global__ void multiply(const T* a, const T* b, float* d, Swizzle swizzle) {
   for (std::uint32_t step = 0; step < kSteps; ++step) {
     if constexpr (kRegistersA) {
       ptx::wgmma<N, T, kMajorB>(sums, fragments[step], of_b[step], step > 0);
+    } else if constexpr (std::is_same_v<T, Int8>) {
+      ptx::wgmma_int8(sums, of_a[step], of_b[step], step > 0);
     } else {
       ptx::wgmma<N, T, kMajorA, kMajorB>(sums, of_a[step], of_b[step], step > 0);
     }
@@ -96,7 +99,7 @@ __global__ void multiply(const T* a, const T* b, float* d, Swizzle swizzle) {
   ptx::fence_registers(sums);
   for (int i = 0; i < N / 2; ++i) {
     const std::uint32_t row = warp * 16 + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-    d[row * N + column] = sums[i];
+    d[row * N + column] = static_cast<float>(sums[i]);
   }
 }
 
@@ -157,7 +160,7 @@ template <class T, int N, bool kOuterA, bool kOuterB, bool kRegistersA>
 void visit_product(Swizzle swizzle, const Visit& visit) {
   constexpr std::size_t kDepth = 128 / sizeof(T);
   std::string name = "product of ";
-  name += sizeof(T) == 1 ? "e4m3" : std::is_same_v<T, BFloat16> ? "bf16" : "fp16";
+  name += std::is_same_v<T, Int8> ? "int8" : sizeof(T) == 1 ? "e4m3" : std::is_same_v<T, BFloat16> ? "bf16" : "fp16";
   name += ", N " + std::to_string(N) + ", swizzle " + std::to_string(static_cast<int>(swizzle));
   name += kRegistersA ? ", A in registers" : kOuterA ? ", A outer" : ", A inner";
   name += kOuterB ? ", B outer" : ", B inner";
