@@ -3,9 +3,8 @@
 #include "src/cuda/attention_backward.h"
 
 #include <algorithm>
-#include <string>
 
-#include "msa/error.h"
+#include "src/cuda/chunks.h"
 #include "src/cuda/sparse_attention.h"
 
 namespace msa::cuda {
@@ -83,14 +82,7 @@ AttentionBackwardPlan plan_attention_backward(const SparseAttentionParams& param
   // Fewer heads first: they share nothing. Fewer queries cost what is said in the page.
   const std::int64_t heads = largest(kv_heads, [&](std::int64_t n) { return lay(n, rows).bytes <= limit; });
   if (heads > 0) return lay(heads, rows);
-  const std::int64_t queries = largest(rows, [&](std::int64_t n) { return lay(1, n).bytes <= limit; });
-  if (queries > 0) return lay(1, queries);
-  std::string text = params.blocks.empty() ? "dense" : "sparse";
-  text += "_attention_backward: workspace_limit: one kv head and query take ";
-  text += std::to_string(lay(1, 1).bytes);
-  text += " bytes, the limit is ";
-  text += std::to_string(limit);
-  throw Error(text);
+  return lay(1, largest_chunk(rows, 1, limit, [&](std::int64_t n) { return lay(1, n).bytes; }));
 }
 
 }  // namespace msa::cuda

@@ -59,8 +59,8 @@ bool takes_backward(const SparseAttentionParams& params);
 /// Whether it can read dout, too; contiguous tensors of torch it can.
 bool takes_gradient(const ConstTensorView& dout);
 
-/// `limit`: most bytes of workspace, 0 for the default. Throws msa::Error when one head and query do not fit. Tests cut
-/// lists into smaller pieces.
+/// `limit`: most bytes of workspace, 0 for the default. More than that only when one head and query take more. Tests
+/// cut lists into smaller pieces.
 AttentionBackwardPlan plan_attention_backward(const SparseAttentionParams& params, std::size_t limit,
                                               std::int64_t tiles_per_piece = kTilesPerPiece);
 

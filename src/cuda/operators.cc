@@ -79,9 +79,9 @@ void sparse_attention_backward(const Context& context, const SparseAttentionPara
     generic::attention_backward(context.stream, context.workspace, params, saved, grads);
   }
 }
-std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params) {
+std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params, std::size_t limit) {
   const std::size_t plain = generic::attention_backward_workspace(params);  // for a dout that cannot be copied
-  return takes_backward(params) ? std::max(plan_attention_backward(params, 0).bytes, plain) : plain;
+  return takes_backward(params) ? std::max(plan_attention_backward(params, limit).bytes, plain) : plain;
 }
 
 void dense_attention(const Context& context, const DenseAttentionParams& params, const TensorView& out,
@@ -106,8 +106,8 @@ void dense_attention_backward(const Context& context, const DenseAttentionParams
     generic::attention_backward(context.stream, context.workspace, whole, saved, grads);
   }
 }
-std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params) {
-  return sparse_attention_backward_workspace(generic::over_whole_prefix(params));
+std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params, std::size_t limit) {
+  return sparse_attention_backward_workspace(generic::over_whole_prefix(params), limit);
 }
 
 void index_kl(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved, float* kl) {
@@ -117,21 +117,21 @@ void index_kl(const Context& context, const IndexKlParams& params, const IndexKl
     generic::index_kl(context.stream, context.workspace, params, saved, kl);
   }
 }
-std::size_t index_kl_workspace(const IndexKlParams& params) {
-  return takes_index_kl(params) ? plan_fast_index_kl(params, 0).bytes : generic::index_kl_workspace(params);
+std::size_t index_kl_workspace(const IndexKlParams& params, std::size_t limit) {
+  return takes_index_kl(params) ? plan_fast_index_kl(params, limit).bytes : generic::index_kl_workspace(params);
 }
 
 void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
                        const float* grad_output, const TensorView& dq_idx, const TensorView& dk_idx) {
   if (takes_index_kl(params)) {
-    run_fast_index_kl_backward(context, params, plan_fast_index_kl_backward(params, context.workspace_bytes), saved, grad_output, dq_idx,
-                               dk_idx);
+    run_fast_index_kl_backward(context, params, plan_fast_index_kl_backward(params, context.workspace_bytes), saved,
+                               grad_output, dq_idx, dk_idx);
   } else {
     generic::index_kl_backward(context.stream, params, saved, grad_output, dq_idx, dk_idx);
   }
 }
-std::size_t index_kl_backward_workspace(const IndexKlParams& params) {
-  return takes_index_kl(params) ? plan_fast_index_kl_backward(params, 0).bytes : 0;
+std::size_t index_kl_backward_workspace(const IndexKlParams& params, std::size_t limit) {
+  return takes_index_kl(params) ? plan_fast_index_kl_backward(params, limit).bytes : 0;
 }
 
 void selection_recall(const Context& context, const SelectionRecallParams& params, float* recalls, std::int64_t* rows) {

@@ -45,11 +45,11 @@ std::size_t select_blocks_workspace(const SelectBlocksParams& params, std::size_
 std::size_t select_blocks_oracle_workspace(const OracleBlocksParams& params);
 std::size_t topk_blocks_workspace(const TopkBlocksParams& params);
 std::size_t sparse_attention_workspace(const SparseAttentionParams& params, std::size_t limit);
-std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params);
+std::size_t sparse_attention_backward_workspace(const SparseAttentionParams& params, std::size_t limit);
 std::size_t dense_attention_workspace(const DenseAttentionParams& params, std::size_t limit);
-std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params);
-std::size_t index_kl_workspace(const IndexKlParams& params);
-std::size_t index_kl_backward_workspace(const IndexKlParams& params);
+std::size_t dense_attention_backward_workspace(const DenseAttentionParams& params, std::size_t limit);
+std::size_t index_kl_workspace(const IndexKlParams& params, std::size_t limit);
+std::size_t index_kl_backward_workspace(const IndexKlParams& params, std::size_t limit);
 std::size_t selection_recall_workspace(const SelectionRecallParams& params);
 
 /// What a call's device memory must hold; the rules are those of ops::Validator.

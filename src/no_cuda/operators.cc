@@ -38,11 +38,11 @@ std::size_t select_blocks_workspace(const SelectBlocksParams&, std::size_t) { re
 std::size_t select_blocks_oracle_workspace(const OracleBlocksParams&) { refuse(); }
 std::size_t topk_blocks_workspace(const TopkBlocksParams&) { refuse(); }
 std::size_t sparse_attention_workspace(const SparseAttentionParams&, std::size_t) { refuse(); }
-std::size_t sparse_attention_backward_workspace(const SparseAttentionParams&) { refuse(); }
+std::size_t sparse_attention_backward_workspace(const SparseAttentionParams&, std::size_t) { refuse(); }
 std::size_t dense_attention_workspace(const DenseAttentionParams&, std::size_t) { refuse(); }
-std::size_t dense_attention_backward_workspace(const DenseAttentionParams&) { refuse(); }
-std::size_t index_kl_workspace(const IndexKlParams&) { refuse(); }
-std::size_t index_kl_backward_workspace(const IndexKlParams&) { refuse(); }
+std::size_t dense_attention_backward_workspace(const DenseAttentionParams&, std::size_t) { refuse(); }
+std::size_t index_kl_workspace(const IndexKlParams&, std::size_t) { refuse(); }
+std::size_t index_kl_backward_workspace(const IndexKlParams&, std::size_t) { refuse(); }
 std::size_t selection_recall_workspace(const SelectionRecallParams&) { refuse(); }
 
 CudaInfo describe_device() { return {}; }

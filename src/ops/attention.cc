@@ -114,7 +114,8 @@ void sparse_attention_backward(const Context& context, const SparseAttentionPara
       context, [&] { reference::sparse_attention_backward(context, resolved, saved, grads); },
       [&] { cpu::sparse_attention_backward(context, resolved, saved, grads); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::sparse_attention_backward_workspace(resolved),
+        const ops::DeviceCall call(check, context,
+                                   cuda::sparse_attention_backward_workspace(resolved, ops::operator_limit(context)),
                                    device_contents(resolved));
         cuda::sparse_attention_backward(call.context(), resolved, saved, grads);
       });
@@ -147,7 +148,8 @@ void dense_attention_backward(const Context& context, const DenseAttentionParams
       context, [&] { reference::dense_attention_backward(context, resolved, saved, grads); },
       [&] { cpu::dense_attention_backward(context, resolved, saved, grads); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::dense_attention_backward_workspace(resolved),
+        const ops::DeviceCall call(check, context,
+                                   cuda::dense_attention_backward_workspace(resolved, ops::operator_limit(context)),
                                    device_contents(resolved));
         cuda::dense_attention_backward(call.context(), resolved, saved, grads);
       });
@@ -167,7 +169,8 @@ std::size_t sparse_attention_backward_workspace(const Context& context, const Sp
   check.check_packed(params.batch);
   const SparseAttentionParams resolved = check_sparse(check, params);
   return context.backend == Backend::kCuda
-             ? ops::device_bytes(check, context, cuda::sparse_attention_backward_workspace(resolved))
+             ? ops::device_bytes(check, context,
+                                 cuda::sparse_attention_backward_workspace(resolved, ops::operator_limit(context)))
              : 0;
 }
 
@@ -185,7 +188,8 @@ std::size_t dense_attention_backward_workspace(const Context& context, const Den
   check.check_packed(params.batch);
   const DenseAttentionParams resolved = check_dense(check, params);
   return context.backend == Backend::kCuda
-             ? ops::device_bytes(check, context, cuda::dense_attention_backward_workspace(resolved))
+             ? ops::device_bytes(check, context,
+                                 cuda::dense_attention_backward_workspace(resolved, ops::operator_limit(context)))
              : 0;
 }
 

@@ -81,7 +81,8 @@ float index_kl(const Context& context, const IndexKlParams& params, const IndexK
       context, [&] { return reference::index_kl(context, resolved, saved); },
       [&] { return cpu::index_kl(context, resolved, saved); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::index_kl_workspace(resolved), device_contents(resolved));
+        const ops::DeviceCall call(check, context, cuda::index_kl_workspace(resolved, ops::operator_limit(context)),
+                                   device_contents(resolved));
         cuda::index_kl(call.context(), resolved, saved, static_cast<float*>(call.scalars()));
         float kl = 0;
         cuda::copy_to_host(context, &kl, call.scalars(), sizeof(kl));
@@ -99,14 +100,17 @@ void index_kl(const Context& context, const IndexKlParams& params, const IndexKl
   }
   const IndexKlParams resolved = check_params(check, params);
   check_saved(check, params, saved);
-  const ops::DeviceCall call(check, context, cuda::index_kl_workspace(resolved), device_contents(resolved));
+  const ops::DeviceCall call(check, context, cuda::index_kl_workspace(resolved, ops::operator_limit(context)),
+                             device_contents(resolved));
   cuda::index_kl(call.context(), resolved, saved, result);
 }
 
 std::size_t index_kl_workspace(const Context& context, const IndexKlParams& params) {
   const ops::Validator check("index_kl", context, ops::Validator::Reads::kShapes);
   const IndexKlParams resolved = check_params(check, params);
-  return context.backend == Backend::kCuda ? ops::device_bytes(check, context, cuda::index_kl_workspace(resolved)) : 0;
+  return context.backend == Backend::kCuda
+             ? ops::device_bytes(check, context, cuda::index_kl_workspace(resolved, ops::operator_limit(context)))
+             : 0;
 }
 
 void index_kl_backward(const Context& context, const IndexKlParams& params, const IndexKlSaved& saved,
@@ -121,7 +125,8 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
       context, [&] { reference::index_kl_backward(context, resolved, saved, grad_output, dq_idx, dk_idx); },
       [&] { cpu::index_kl_backward(context, resolved, saved, grad_output, dq_idx, dk_idx); },
       [&] {
-        const ops::DeviceCall call(check, context, cuda::index_kl_backward_workspace(resolved),
+        const ops::DeviceCall call(check, context,
+                                   cuda::index_kl_backward_workspace(resolved, ops::operator_limit(context)),
                                    device_contents(resolved));
         cuda::copy_to_device(context, call.scalars(), &grad_output, sizeof(grad_output));
         cuda::index_kl_backward(call.context(), resolved, saved, static_cast<const float*>(call.scalars()), dq_idx,
@@ -143,7 +148,8 @@ void index_kl_backward(const Context& context, const IndexKlParams& params, cons
   check_saved(check, params, saved);
   check.check_like("dq_idx", dq_idx, "q_idx", params.q_idx);
   check.check_like("dk_idx", dk_idx, "k_idx", params.k_idx);
-  const ops::DeviceCall call(check, context, cuda::index_kl_backward_workspace(resolved), device_contents(resolved));
+  const ops::DeviceCall call(check, context, cuda::index_kl_backward_workspace(resolved, ops::operator_limit(context)),
+                             device_contents(resolved));
   cuda::index_kl_backward(call.context(), resolved, saved, grad, dq_idx, dk_idx);
 }
 
@@ -152,7 +158,8 @@ std::size_t index_kl_backward_workspace(const Context& context, const IndexKlPar
   check.check_packed(params.batch);
   const IndexKlParams resolved = check_params(check, params);
   return context.backend == Backend::kCuda
-             ? ops::device_bytes(check, context, cuda::index_kl_backward_workspace(resolved))
+             ? ops::device_bytes(check, context,
+                                 cuda::index_kl_backward_workspace(resolved, ops::operator_limit(context)))
              : 0;
 }
 

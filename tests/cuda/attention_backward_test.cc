@@ -266,7 +266,7 @@ TEST(AttentionBackwardPlan, RespectsItsLimit) {
     last = plan.heads_at_once * plan.queries_at_once;
   }
   EXPECT_EQ(last, 4 * 131072);
-  EXPECT_THROW(plan_attention_backward(params, 4096), Error);
+  EXPECT_EQ(plan_attention_backward(params, 4096).queries_at_once, 1) << "the least, which is more";
   EXPECT_LE(plan_attention_backward(params, 0).bytes, kDefaultBackwardWorkspace);
   EXPECT_GE(plan_attention_backward(paper_shapes(1 << 20, 1 << 20), 0).queries_at_once, kMinBackwardQueries);
 }
