@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "src/cuda/index_kl.cu"
+#include "src/cuda/sparse_attention.h"
 #include "tests/cuda/generic_support.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
