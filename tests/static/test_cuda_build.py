@@ -125,7 +125,7 @@ def test_a_softmax_runs_beside_a_product(objects):
         if "attend_prefix" not in dump("--dump-resource-usage", path):
             continue
         for function in re.split(r"\n\s*Function : ", dump("--dump-sass", path))[1:]:
-            if "attend_prefix" not in function.split("\n", 1)[0]:
+            if "attend_prefixI" not in function.split("\n", 1)[0]:
                 continue
             between = re.search(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", function, re.DOTALL)
             assert between and between.group(1).count("MUFU.EX2") >= 64, function.splitlines()[0]
