@@ -99,9 +99,9 @@ Arithmetic attention_arithmetic(at::ScalarType type) {
   return Arithmetic::kFloat;
 }
 
-// Of the scores of the index branch: all of them in the cheapest products of the machine, to find the few that are worth
-// a float (int8; with AMX tiles it is bf16 that screens, held against int8 all the same). A single query is bound by
-// reading.
+// Of the scores of the index branch: all of them in the cheapest products of the machine, to find the few that are
+// worth a float (int8; with AMX tiles it is bf16 that screens, held against int8 all the same). A single query is bound
+// by reading.
 Arithmetic screening_arithmetic(std::int64_t queries) {
   if (queries == 1) return Arithmetic::kFloat;
   switch (cpu::active_dot_products()) {
@@ -218,7 +218,10 @@ class ShapeBench {
     q_ = at::randn({queries, o_.query_heads, o_.head_dim}).to(type_);
     k_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
     v_ = at::randn({context, o_.kv_heads, o_.head_dim}).to(type_);
-    if (section_ != "training") k_ = head_by_head(k_), v_ = head_by_head(v_);
+    if (section_ != "training") {
+      k_ = head_by_head(k_);
+      v_ = head_by_head(v_);
+    }
     q_idx_ = at::randn({queries, o_.kv_heads, o_.index_dim}).to(type_);
     k_idx_ = at::randn({context, o_.index_dim}).to(type_);
     out_ = at::empty_like(q_);

@@ -114,9 +114,9 @@ class PagedCache {
     std::int64_t length = 0;
     bool alive = false;
   };
-  /// One kind of rows of one layer: pages [max_pages, heads, page_size, row_bytes], back to back. A head's part of a page
-  /// is one run of memory, which attention reads whole: in 4 heads of 128 bf16 dimensions, 32 KiB from 8 pages of memory
-  /// in place of 128 runs of 256 bytes from 32 (docs/cache.md).
+  /// One kind of rows of one layer: pages [max_pages, heads, page_size, row_bytes], back to back. A head's part of a
+  /// page is one run of memory, which attention reads whole: in 4 heads of 128 bf16 dimensions, 32 KiB from 8 pages of
+  /// memory in place of 128 runs of 256 bytes from 32 (docs/cache.md).
   struct Store {
     core::Buffer<std::byte> data;
     std::int64_t heads = 0;

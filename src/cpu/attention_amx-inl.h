@@ -394,7 +394,7 @@ class AmxChunkAttention : public ChunkState {
     visit.probabilities = probabilities_;
   }
 
-  static constexpr std::int64_t kMaxAhead = 128;
+  static constexpr std::int64_t kMaxAhead = 2 * kMaxBlockSize;  // rows of keys and values, at most eight lines each
 
   std::int64_t head_steps_;
   std::int64_t value_tiles_;

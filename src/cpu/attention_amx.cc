@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See attention_amx.h. All row tiles of a visit take the first product and their probabilities, then all take the second:
-// the keys, and after them the values, stay in the L1 cache while the rows pass. Sums are the second product's
+// See attention_amx.h. All row tiles of a visit take the first product and their probabilities, then all take the
+// second: the keys, and after them the values, stay in the L1 cache while the rows pass. Sums are the second product's
 // accumulators, loaded and stored once a visit. docs/attention.md derives the numbers.
 #if defined(__x86_64__)
 
@@ -33,13 +33,16 @@ namespace {
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 
-// References up to here leave the fused exponents below right to 2e-5, so that a score that equals the reference gives 1
-// after its rounding to bf16. Larger ones are subtracted from a score rounded as they were, which then gives exactly 1.
+// References up to here leave the fused exponents below right to 2e-5, so that a score that equals the reference gives
+// 1 after its rounding to bf16. Larger ones are subtracted from a score rounded as they were, which then gives
+// exactly 1.
 constexpr float kFusedLargest = 128;
-// A row's reference is the largest of its first scores, until one exceeds it by this many powers of two: far from what
-// overflows, and rare enough that what was summed is hardly ever scaled.
-constexpr float kOctaves = 15;
-constexpr float kCertainlyBelow = 1 << 14;  // what a sum of probabilities is below when no score exceeded that
+// A row's reference is the largest of its first scores, until one exceeds it by this many powers of two: rare enough
+// that what was summed is hardly ever scaled, and few enough that values up to 2^117 do not overflow the sums.
+constexpr float kOctaves = 10;
+// A visit's sum of probabilities, at most 256 of them, below this: no score exceeded that. Above what equal scores
+// give.
+constexpr float kCertainlyBelow = 1 << 9;
 
 // ---- products ----
 
@@ -52,41 +55,67 @@ struct TileProduct {
   std::int64_t steps;
 };
 
+// Tile kStep of the rows. Registers are named by literals: g++ 12 takes nothing else.
+template <int kStep>
+MSA_AMX_INLINE void load_row_tile(const std::uint16_t* rows) {
+  if constexpr (kStep == 0) _tile_loadd(4, rows, 64);
+  if constexpr (kStep == 1) _tile_loadd(5, rows + kTileElements, 64);
+  if constexpr (kStep == 2) _tile_loadd(6, rows + 2 * kTileElements, 64);
+  if constexpr (kStep == 3) _tile_loadd(7, rows + 3 * kTileElements, 64);
+}
+
 template <int kSteps>
-MSA_AMX_INLINE void load_rows(const TileProduct& p) {
-  if constexpr (kSteps >= 1) _tile_loadd(4, p.rows, 64);
-  if constexpr (kSteps >= 2) _tile_loadd(5, p.rows + kTileElements, 64);
-  if constexpr (kSteps >= 3) _tile_loadd(6, p.rows + 2 * kTileElements, 64);
-  if constexpr (kSteps >= 4) _tile_loadd(7, p.rows + 3 * kTileElements, 64);
+MSA_AMX_INLINE void load_rows(const std::uint16_t* rows) {
+  if constexpr (kSteps >= 1) load_row_tile<0>(rows);
+  if constexpr (kSteps >= 2) load_row_tile<1>(rows);
+  if constexpr (kSteps >= 3) load_row_tile<2>(rows);
+  if constexpr (kSteps >= 4) load_row_tile<3>(rows);
+}
+
+// sums of kSet += row tile kStep * tile kStep of a column of the other matrix.
+template <int kStep, int kSet>
+MSA_AMX_INLINE void multiply_step(const std::uint16_t* column) {
+  const std::uint16_t* at = column + kStep * kTileElements;
+#define MSA_MULTIPLY(rows_tile, other_tile)   \
+  _tile_loadd(other_tile, at, 64);            \
+  if constexpr (kSet == 0) {                  \
+    _tile_dpbf16ps(0, rows_tile, other_tile); \
+  } else {                                    \
+    _tile_dpbf16ps(1, rows_tile, other_tile); \
+  }
+  if constexpr (kStep == 0) {
+    MSA_MULTIPLY(4, 2)
+  }
+  if constexpr (kStep == 1) {
+    MSA_MULTIPLY(5, 3)
+  }
+  if constexpr (kStep == 2) {
+    MSA_MULTIPLY(6, 2)
+  }
+  if constexpr (kStep == 3) {
+    MSA_MULTIPLY(7, 3)
+  }
+#undef MSA_MULTIPLY
 }
 
 // Products of one column of tiles, `between` after the first two. kSet: the register of the sums. kSteps 0: any.
 template <int kSteps, int kSet, class Between>
 MSA_AMX_INLINE void multiply_column(const TileProduct& p, std::int64_t column, const Between& between) {
-  const std::uint16_t* other = p.other + column * (kSteps == 0 ? p.steps : kSteps) * kTileElements;
-  // Registers are named by literals: g++ 12 takes nothing else.
-#define MSA_STEP(rows_tile, other_tile, step)                  \
-  _tile_loadd(other_tile, other + (step) * kTileElements, 64); \
-  if constexpr (kSet == 0) {                                   \
-    _tile_dpbf16ps(0, rows_tile, other_tile);                  \
-  } else {                                                     \
-    _tile_dpbf16ps(1, rows_tile, other_tile);                  \
-  }
+  const std::uint16_t* at = p.other + column * (kSteps == 0 ? p.steps : kSteps) * kTileElements;
   if constexpr (kSteps == 0) {
-    for (std::int64_t step = 0; step < p.steps; ++step) {
-      _tile_loadd(4, p.rows + step * kTileElements, 64);
-      MSA_STEP(4, 2, step)
+    for (std::int64_t step = 0; step < p.steps; ++step, at += kTileElements) {
+      load_row_tile<0>(p.rows + step * kTileElements);
+      multiply_step<0, kSet>(at);
       if (step == 1) between();
     }
     if (p.steps == 1) between();
   } else {
-    MSA_STEP(4, 2, 0)
-    if constexpr (kSteps >= 2) { MSA_STEP(5, 3, 1) }
+    multiply_step<0, kSet>(at);
+    if constexpr (kSteps >= 2) multiply_step<1, kSet>(at);
     between();
-    if constexpr (kSteps >= 3) { MSA_STEP(6, 2, 2) }
-    if constexpr (kSteps >= 4) { MSA_STEP(7, 3, 3) }
+    if constexpr (kSteps >= 3) multiply_step<2, kSet>(at);
+    if constexpr (kSteps >= 4) multiply_step<3, kSet>(at);
   }
-#undef MSA_STEP
 }
 
 template <int kSet>
@@ -215,33 +244,6 @@ MSA_AMX_INLINE void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t
   }
 }
 
-// One step of a column's products, with rows of probabilities and a part of the housekeeping behind it.
-template <int kStep, int kSteps, int kSet>
-MSA_AMX_INLINE void multiply_step(const std::uint16_t* other) {
-  static_assert(kStep < kSteps && kSteps <= 4);
-  const std::uint16_t* at = other + kStep * kTileElements;
-#define MSA_MULTIPLY(rows_tile, other_tile)    \
-  _tile_loadd(other_tile, at, 64);             \
-  if constexpr (kSet == 0) {                   \
-    _tile_dpbf16ps(0, rows_tile, other_tile);  \
-  } else {                                     \
-    _tile_dpbf16ps(1, rows_tile, other_tile);  \
-  }
-  if constexpr (kStep == 0) { MSA_MULTIPLY(4, 2) }
-  if constexpr (kStep == 1) { MSA_MULTIPLY(5, 3) }
-  if constexpr (kStep == 2) { MSA_MULTIPLY(6, 2) }
-  if constexpr (kStep == 3) { MSA_MULTIPLY(7, 3) }
-#undef MSA_MULTIPLY
-}
-
-template <int kStep>
-MSA_AMX_INLINE void load_row_tile(const std::uint16_t* rows) {
-  if constexpr (kStep == 0) _tile_loadd(4, rows, 64);
-  if constexpr (kStep == 1) _tile_loadd(5, rows + kTileElements, 64);
-  if constexpr (kStep == 2) _tile_loadd(6, rows + 2 * kTileElements, 64);
-  if constexpr (kStep == 3) _tile_loadd(7, rows + 3 * kTileElements, 64);
-}
-
 // First product and probabilities of tiles whose rows see all keys and have references. As long as no score exceeds its
 // row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so a pair of score tiles
 // becomes probabilities amid the products of the next pair, be it of the same rows or of the next ones. `holds[i]`:
@@ -260,7 +262,7 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
   clear_rows(totals[0]);
   ScorePair pair = {ring[1], ring[1] + kTileSums, shifts[0], totals[0], out_of(0, 0)};
   const std::uint16_t* rows = v.rows[tiles[0]].queries;
-  load_rows<kSteps>({rows, nullptr, kSteps});
+  load_rows<kSteps>(rows);
   zero_sums<1>();
   for (int i = 0; i < count; ++i) {
     const int mine = (i + 1) % 2;
@@ -272,36 +274,37 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
       float* now = ring[0];
       const bool is_last = t + 1 == pairs;
       zero_sums<0>();
-      multiply_step<0, kSteps, 0>(keys);
+      multiply_step<0, 0>(keys);
       store_sums<1>(ring[1] + kTileSums);
       fused_probabilities<0, kRows>(pair, scale);
-      multiply_step<1, kSteps, 0>(keys);
+      multiply_step<1, 0>(keys);
       fused_probabilities<kRows, kRows>(pair, scale);
       if constexpr (kSteps == 4) {
-        multiply_step<2, kSteps, 0>(keys);
+        multiply_step<2, 0>(keys);
         fused_probabilities<2 * kRows, kRows>(pair, scale);
-        multiply_step<3, kSteps, 0>(keys);
+        multiply_step<3, 0>(keys);
         fused_probabilities<3 * kRows, kRows>(pair, scale);
       }
       const std::uint16_t* second = keys + kSteps * kTileElements;
       zero_sums<1>();
-      multiply_step<0, kSteps, 1>(second);
+      multiply_step<0, 1>(second);
       if (is_last) load_row_tile<0>(next);
       fused_probabilities<8, kRows>(pair, scale);
-      multiply_step<1, kSteps, 1>(second);
+      multiply_step<1, 1>(second);
       if (is_last) load_row_tile<1>(next);
       store_sums<0>(now);
       fused_probabilities<8 + kRows, kRows>(pair, scale);
       if constexpr (kSteps == 4) {
-        multiply_step<2, kSteps, 1>(second);
+        multiply_step<2, 1>(second);
         if (is_last) load_row_tile<2>(next);
         fused_probabilities<8 + 2 * kRows, kRows>(pair, scale);
-        multiply_step<3, kSteps, 1>(second);
+        multiply_step<3, 1>(second);
         if (is_last) load_row_tile<3>(next);
         fused_probabilities<8 + 3 * kRows, kRows>(pair, scale);
       }
       const std::int64_t lines = kSteps * 16;
-      for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l) _mm_prefetch(next + 32 * l, _MM_HINT_T0);
+      for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l)
+        _mm_prefetch(next + 32 * l, _MM_HINT_T0);
       ask_ahead(v, tiles[i] * pairs + t, v.row_tiles * pairs);
       if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]].totals);  // the rows before
       pair = {now, now + kTileSums, shifts[mine], totals[mine], out_of(i, t)};
@@ -378,7 +381,7 @@ MSA_AMX_INLINE __m512 raise_references(const AmxVisit& v, const AmxRows& rows, c
 template <int kSteps>
 MSA_AMX_TARGET void score_rows(const AmxVisit& v, const AmxRows& rows, float* scores) {
   const TileProduct p = {rows.queries, v.keys, v.head_steps};
-  load_rows<kSteps>(p);
+  load_rows<kSteps>(p.rows);
   for (std::int64_t t = 0; t < v.key_tiles; ++t) {
     zero_sums<0>();
     multiply_column<kSteps, 0>(p, t, []() MSA_AMX_TARGET {});
@@ -425,7 +428,7 @@ MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std
                                std::int64_t any_steps) {
   const TileProduct p = {probabilities, v.values, kSteps == 0 ? any_steps : kSteps};
   const auto column_sums = [&](std::int64_t column) { return rows.sums + column * kTileSums; };
-  load_rows<kSteps>(p);
+  load_rows<kSteps>(p.rows);
   load_sums<0>(column_sums(0));
   std::int64_t column = 0;
   for (; column + 2 <= v.value_tiles; column += 2) {
@@ -464,9 +467,7 @@ void add_values_of(const AmxVisit& v) {
 // First product and probabilities of all rows.
 template <int kSteps>
 MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v) {
-  const auto probabilities_of = [&](int t) {
-    return v.probabilities + t * ((v.key_tiles + 1) / 2) * kTileElements;
-  };
+  const auto probabilities_of = [&](int t) { return v.probabilities + t * ((v.key_tiles + 1) / 2) * kTileElements; };
   int known[kMaxRowTiles];
   int known_count = 0;
   for (int t = 0; t < v.row_tiles; ++t) {

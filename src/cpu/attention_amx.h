@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One visit of attention on AMX tiles: rows meet one block of keys and values, scores, softmax and weighted sums without
-// leaving the near caches. All matrices lie tile by tile, 1 KiB each, as tile loads like them best; who
-// lays them so is attention_amx-inl.h. Tested through the operators.
+// One visit of attention on AMX tiles: rows meet one block of keys and values, scores, softmax and weighted sums
+// without leaving the near caches. All matrices lie tile by tile, 1 KiB each, as tile loads like them best; who lays
+// them so is attention_amx-inl.h. Tested through the operators.
 #pragma once
 
 #include <cstddef>
@@ -20,11 +20,12 @@ struct AheadLines {
 
 /// Sixteen rows of a chunk.
 struct AmxRows {
-  const std::uint16_t* queries;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
-  float* sums;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
-  float* largest;                ///< [16], in and out: a large score * scale, if not always the largest; -inf at first
-  float* totals;                 ///< [16], in and out: running sums of e^(score * scale - largest)
-  const std::int32_t* visible;   ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
+  const std::uint16_t* queries = nullptr;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
+  float* sums = nullptr;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
+  float* largest = nullptr;  ///< [16], in and out: a large score * scale, if not always the largest; -inf at first
+  float* totals = nullptr;   ///< [16], in and out: running sums of e^(score * scale - largest)
+  const std::int32_t* visible =
+      nullptr;  ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
 };
 
 /// Tiles of rows a visit takes at most: few enough for their probabilities to stay in the L2 cache.
@@ -33,13 +34,13 @@ inline constexpr int kMaxRowTiles = 16;
 struct AmxVisit {
   int row_tiles = 0;  ///< 1 to kMaxRowTiles
   AmxRows rows[kMaxRowTiles];
-  const std::uint16_t* keys = nullptr;    ///< tiles [key_tiles][head_steps]: dims d, d + 1 of key j at [d / 2 % 16][j]
-  const std::uint16_t* values = nullptr;  ///< tiles [value_tiles][key_steps]: keys j, j + 16 of 32 at [j][e]
-  std::int64_t head_steps = 0;            ///< tiles of 32 dimensions
-  std::int64_t key_tiles = 0;             ///< tiles of 16 keys
-  std::int64_t value_tiles = 0;           ///< tiles of 16 dimensions
-  float scale = 1;                        ///< of the scores; positive
-  float* scores = nullptr;                ///< scratch: round_up(key_tiles, 4) tiles of sums
+  const std::uint16_t* keys = nullptr;     ///< tiles [key_tiles][head_steps]: dims d, d + 1 of key j at [d / 2 % 16][j]
+  const std::uint16_t* values = nullptr;   ///< tiles [value_tiles][key_steps]: keys j, j + 16 of 32 at [j][e]
+  std::int64_t head_steps = 0;             ///< tiles of 32 dimensions
+  std::int64_t key_tiles = 0;              ///< tiles of 16 keys
+  std::int64_t value_tiles = 0;            ///< tiles of 16 dimensions
+  float scale = 1;                         ///< of the scores; positive
+  float* scores = nullptr;                 ///< scratch: round_up(key_tiles, 4) tiles of sums
   std::uint16_t* probabilities = nullptr;  ///< scratch: kMaxRowTiles * round_up(key_tiles, 2) / 2 tiles
   const AheadLines* ahead = nullptr;
   std::int64_t ahead_count = 0;

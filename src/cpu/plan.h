@@ -74,15 +74,16 @@ struct AttentionShape {
 /// dot products the queries are bf16 [chunk * group_size, padded_inner(head_dim)], keys and values bf16 pairs
 /// (bf16_dot.h); in AMX tiles all rows are rounded up to 16.
 struct AttentionLayout {
-  std::int64_t queries = 0;        ///< [chunk * group_size, head_dim]
-  std::int64_t sums = 0;           ///< [chunk * group_size, value_dim], weighted sums of values
-  std::int64_t largest = 0;        ///< [chunk * group_size], running maximum of the scores
-  std::int64_t totals = 0;         ///< [chunk * group_size], running sum of the exponentials
-  std::int64_t keys = 0;           ///< [head_dim, padded_stride(block_size)]
-  std::int64_t values = 0;         ///< [block_size, padded_stride(value_dim)]
-  std::int64_t scores = 0;         ///< [kScoreRows, padded_stride(block_size)]; with bf16 dot products [kBf16Rows, ...]
-  std::int64_t products = 0;       ///< with bf16 dot products: [kBf16Rows, padded_stride(value_dim)]
-  std::int64_t probabilities = 0;  ///< with bf16 dot products: bf16 [kBf16Rows, ...], in AMX tiles [16 kMaxRowTiles, padded_inner(block_size)]
+  std::int64_t queries = 0;   ///< [chunk * group_size, head_dim]
+  std::int64_t sums = 0;      ///< [chunk * group_size, value_dim], weighted sums of values
+  std::int64_t largest = 0;   ///< [chunk * group_size], running maximum of the scores
+  std::int64_t totals = 0;    ///< [chunk * group_size], running sum of the exponentials
+  std::int64_t keys = 0;      ///< [head_dim, padded_stride(block_size)]
+  std::int64_t values = 0;    ///< [block_size, padded_stride(value_dim)]
+  std::int64_t scores = 0;    ///< [kScoreRows, padded_stride(block_size)]; with bf16 dot products [kBf16Rows, ...]
+  std::int64_t products = 0;  ///< with bf16 dot products: [kBf16Rows, padded_stride(value_dim)]
+  std::int64_t probabilities =
+      0;  ///< with bf16 dot products: bf16 [kBf16Rows, ...], in AMX tiles [16 kMaxRowTiles, padded_inner(block_size)]
   std::int64_t staged_queries = 0;  ///< in AMX tiles: bf16 [32, padded_inner(head_dim)]
   std::int64_t staged_sums = 0;     ///< in AMX tiles: [32, value_dim]
   std::int64_t visits = 0;          ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk

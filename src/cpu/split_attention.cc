@@ -27,8 +27,9 @@ void add_item(const AttentionInput& input, const ChunkTask& task, SplitWork& wor
   const std::int64_t count = sort_visits(input, task.chunk, task.head, visits.data());
   for_each_block(visits.data(), count, [&](std::int64_t block, std::int64_t first, std::int64_t last, std::int64_t) {
     work.blocks.push_back({block, static_cast<std::int64_t>(work.members.size()), last - first, work.score_floats});
-    for (std::int64_t v = first; v < last; ++v)
+    for (std::int64_t v = first; v < last; ++v) {
       work.members.push_back(visit_query(visits[static_cast<std::size_t>(v)]));
+    }
     work.score_floats += split_score_floats(input.shape, (last - first) * input.shape.group_size);
   });
   const auto last_block = static_cast<std::int64_t>(work.blocks.size());
@@ -72,7 +73,8 @@ std::optional<SplitWork> split_attention(const AttentionInput& input, int thread
   if (queries.total == 0 || queries.longest > kMostSplitQueries || tiles < 2) return {};
   const std::int64_t token_bytes = input.shape.head_dim * static_cast<std::int64_t>(dtype_size(input.k.dtype)) +
                                    input.shape.value_dim * static_cast<std::int64_t>(dtype_size(input.v.dtype));
-  if (queries.longest * input.shape.topk * input.shape.block_size * token_bytes < kLeastSplitBytes) return {};
+  const std::int64_t blocks = std::min(input.shape.topk, count_blocks(input.batch, input.shape.block_size));
+  if (queries.longest * blocks * input.shape.block_size * token_bytes < kLeastSplitBytes) return {};
   SplitWork work;
   work.whole_tasks = list_tasks(cut_queries(input.batch, queries.longest), input.shape.kv_heads, 1);
   const auto tasks = static_cast<std::int64_t>(work.whole_tasks.size());
@@ -90,6 +92,9 @@ std::optional<SplitWork> split_attention(const AttentionInput& input, int thread
   for (std::int64_t s = 0; s < slices; ++s) {
     work.slices.push_back(take_slice(work.whole, s * tiles / slices * 16, (s + 1) * tiles / slices * 16));
   }
+  const std::size_t tasks_at_once =
+      std::max(work.whole_tasks.size() + work.spans.size(), work.items.size() * work.slices.size());
+  work.workers = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(threads), tasks_at_once));
   work.worker_bytes = bytes_of(work.whole.layout.end);
   if (workspace_limit != 0 && work.bytes() > workspace_limit) return {};
   return work;

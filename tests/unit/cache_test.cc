@@ -93,8 +93,7 @@ void expect_holds(const PagedCache& cache, SequenceId sequence, const std::vecto
             pages[t / kPage] * view.stride(0) + static_cast<std::int64_t>(t % kPage) * view.stride(1);
         for (std::int64_t column = 0; column < heads * dim; ++column) {
           const std::int64_t at = row + column / dim * (view.rank == 4 ? view.stride(2) : 0) + column % dim;
-          ASSERT_EQ(core::load_element(view.data, view.dtype, at),
-                    row_value(tokens[t], layer, kind, column))
+          ASSERT_EQ(core::load_element(view.data, view.dtype, at), row_value(tokens[t], layer, kind, column))
               << "layer " << layer << " kind " << kind << " token " << t << " column " << column;
         }
       }

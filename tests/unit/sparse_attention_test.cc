@@ -103,8 +103,8 @@ TEST(SparseAttentionRules, LargeLogitsDoNotOverflow) {
   });
 }
 
-// Keys of block b score `per_block` * b higher, beside their noise: what was summed first is far too small, or what comes
-// last too small to count.
+// Keys of block b score `per_block` * b higher, beside their noise: what was summed first is far too small, or what
+// comes last too small to count.
 Problem problem_with_steps(double per_block) {
   Problem problem(Case{{16, 1, 64, 64, 16, 64, 4}, {{70, 256}}, DType::kBFloat16});
   Random random(11);
@@ -152,6 +152,52 @@ TEST(SparseAttentionRules, AScoreThatIsNotANumberReachesItsRowsAlone) {
         ASSERT_EQ(std::isnan(got.out.at(t, h, 3)), sees) << t;
         if (!sees) {
           ASSERT_EQ(got.out.at(t, h, 3), expected.out.at(t, h, 3)) << t;
+        }
+      }
+    }
+  });
+}
+
+// Sixteen heads that share what arithmetic there is for sixteen rows: one whose scores jump in the third block, one
+// whose scores are all far from 0, one whose query is not a number. The others must not notice.
+TEST(SparseAttentionRules, HeadsOfAGroupDoNotNoticeEachOther) {
+  Problem plain(Case{{16, 1, 128, 128, 16, 128, 4}, {{40, 512}}, DType::kBFloat16});
+  for (std::int64_t t = 0; t < 40; ++t) {
+    for (std::int64_t h = 0; h < 16; ++h) {
+      plain.q.set(0, t, h, 0);
+      plain.q.set(0, t, h, 1);
+    }
+  }
+  for (std::int64_t t = 0; t < 512; ++t) {
+    plain.k.set(t >= 256 && t < 384 ? 8 : 0, t, 0, 0);
+    plain.k.set(8, t, 0, 1);
+  }
+  Problem odd = plain;
+  for (std::int64_t t = 0; t < 40; ++t) {
+    odd.q.set(60, t, 3, 0);
+    odd.q.set(-400, t, 5, 1);
+  }
+  Problem poisoned = odd;
+  for (std::int64_t t = 0; t < 40; ++t) poisoned.q.set(std::numeric_limits<double>::quiet_NaN(), t, 9, 7);
+  const AttentionResult exact = run_sparse(reference_context(), odd.as_float32().sparse_params());
+  const AttentionResult naive = naive_attention(odd.sparse_params());
+  for_each_target(Targets::kCpu, [&](const Context& context) {
+    const AttentionResult expected = run_sparse(context, plain.sparse_params());
+    const AttentionResult got = run_sparse(context, odd.sparse_params());
+    const AttentionResult with_nan = run_sparse(context, poisoned.sparse_params());
+    expect_within_rule("out", got.out, exact.out, naive.out);
+    expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+    for (std::int64_t t = 0; t < 40; ++t) {
+      for (std::int64_t h = 0; h < 16; ++h) {
+        ASSERT_EQ(std::isnan(with_nan.lse.at(t, h)), h == 9);
+        for (std::int64_t e = 0; e < 128; ++e) {
+          ASSERT_EQ(std::isnan(with_nan.out.at(t, h, e)), h == 9) << t << " " << h;
+          if (h != 9) {
+            ASSERT_EQ(with_nan.out.at(t, h, e), got.out.at(t, h, e)) << t << " " << h;
+          }
+          if (h != 3 && h != 5) {
+            ASSERT_EQ(got.out.at(t, h, e), expected.out.at(t, h, e)) << t << " " << h;
+          }
         }
       }
     }
