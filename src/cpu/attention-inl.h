@@ -74,7 +74,7 @@ class ChunkState {
   }
 
  protected:
-  /// Row r of the chunk from its sums, which it overwrites, and its maximum.
+  /// Row r of the chunk from its sums, which it overwrites, and what they are relative to.
   HWY_ATTR void write_row(std::int64_t r, float* sum, double largest) {
     const AttentionShape& shape = input_.shape;
     const auto out_bytes = static_cast<std::int64_t>(dtype_size(input_.out.dtype));
