@@ -10,6 +10,7 @@
 #include "src/cpu/attention_amx.h"
 #include "src/cpu/bf16_dot.h"
 #include "src/cpu/plan_chunks.h"
+#include "src/cpu/sparse_visits.h"
 #include "src/cpu/tile.h"
 
 namespace msa::cpu {
@@ -96,7 +97,7 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
     layout.values = cursor.take(shape.block_size * padded_stride(shape.value_dim));
     layout.scores = cursor.take(kScoreRows * padded_stride(shape.block_size));
   }
-  layout.visits = cursor.take(floats_for(chunk * shape.topk, sizeof(std::uint64_t)));
+  layout.visits = cursor.take(floats_for(visit_room(chunk, shape.topk), sizeof(std::uint64_t)));
   layout.members = cursor.take(chunk);
   layout.seen = cursor.take(chunk);
   layout.end = cursor.end();

@@ -86,7 +86,7 @@ struct AttentionLayout {
       0;  ///< with bf16 dot products: bf16 [kBf16Rows, ...], in AMX tiles [16 kMaxRowTiles, padded_inner(block_size)]
   std::int64_t staged_queries = 0;  ///< in AMX tiles: bf16 [32, padded_inner(head_dim)]
   std::int64_t staged_sums = 0;     ///< in AMX tiles: [32, value_dim]
-  std::int64_t visits = 0;          ///< uint64 [chunk * topk], (block, query) pairs of a sparse chunk
+  std::int64_t visits = 0;          ///< uint64 [visit_room(chunk, topk)], (block, query) pairs of a sparse chunk
   std::int64_t members = 0;         ///< int32 [chunk], the queries that take part in a block
   std::int64_t seen = 0;            ///< int32 [chunk], whether a query had any block
   std::int64_t end = 0;

@@ -23,7 +23,8 @@ constexpr std::int64_t kSpansPerThread = 8;
 void add_item(const AttentionInput& input, const ChunkTask& task, SplitWork& work) {
   const std::int64_t item = static_cast<std::int64_t>(work.items.size());
   const auto first_block = static_cast<std::int64_t>(work.blocks.size());
-  std::vector<std::uint64_t> visits(static_cast<std::size_t>((task.chunk.end - task.chunk.begin) * input.shape.topk));
+  std::vector<std::uint64_t> visits(
+      static_cast<std::size_t>(visit_room(task.chunk.end - task.chunk.begin, input.shape.topk)));
   const std::int64_t count = sort_visits(input, task.chunk, task.head, visits.data());
   for_each_block(visits.data(), count, [&](std::int64_t block, std::int64_t first, std::int64_t last, std::int64_t) {
     work.blocks.push_back({block, static_cast<std::int64_t>(work.members.size()), last - first, work.score_floats});
