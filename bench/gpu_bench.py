@@ -9,7 +9,8 @@ Geometry: 64 query and 4 kv heads, dimension 128, blocks of 128, topk 16, bfloat
 single calls, after a warm-up, with the L2 cache swept before each; decoding is a replayed graph. torch's peer is the fastest of
 its scaled_dot_product_attention backends and of the ways to ask them (class Dense). Rows say their operations a second and what
 share of the peaks that is, which the same run measures. A row that would take too long, or more memory than there is, is left
-out with the reason; its goal then has no figure.
+out with the reason; its goal then has no figure. A row that fails otherwise is kept with its error, the rows behind it follow if
+the device still answers, and the exit status is 1. Tested in tests/integration/test_gpu_tools.py.
 """
 
 import argparse
@@ -41,6 +42,10 @@ class TooSlow(Exception):
     pass
 
 
+class DeviceLost(Exception):
+    """An error that every later call on the device would report again: the address of another kernel's mistake, say."""
+
+
 class Setting:
     """Where it runs and how large things are: the goals' geometry on a GPU, or a 256th of the tokens on the CPU."""
 
@@ -54,6 +59,16 @@ class Setting:
             self.backends = (SDPBackend.MATH,)
         else:
             self.backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+    def is_lost(self):
+        """Whether the device answers nothing but an earlier error."""
+        if self.dry:
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def tokens(self, count):
         return count // self.shrink
@@ -179,18 +194,21 @@ class Dense:
 
     def fastest(self):
         """Seconds and the backend's name."""
-        best, which = math.inf, "none"
+        best, which, refusal = math.inf, "none", None
         for backend in self.setting.backends:
             for form in self.forms():
                 try:
                     with sdpa_kernel(backend):
                         seconds = self.setting.clock(lambda: self.run(backend, form), repeats=5, beat=best)  # noqa: B023
-                except RuntimeError:  # the backend does not take it so
+                except RuntimeError as error:  # the backend does not take it so
+                    refusal = error if not isinstance(refusal, torch.OutOfMemoryError) else refusal
                     continue
                 if seconds < best:
                     best, which = seconds, backend.name
         if which == "none":
-            raise RuntimeError("no backend of scaled_dot_product_attention takes these tensors")
+            if isinstance(refusal, torch.OutOfMemoryError):
+                raise refusal
+            raise RuntimeError("no backend of scaled_dot_product_attention takes these tensors") from refusal
         return best, which
 
 
@@ -587,7 +605,7 @@ class Report:
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "geometry": {"query_heads": s.query_heads, "kv_heads": s.kv_heads, "head_dim": s.dim, "block_size": s.block,
                          "topk": s.topk, "dtype": "bfloat16"},
-            "peaks": self.peaks, "rows": [], "goals": [], "left_out": [],
+            "peaks": self.peaks, "rows": [], "goals": [], "left_out": [], "failed": [],
         }
         self.save()
 
@@ -597,22 +615,30 @@ class Report:
             self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 
     def add(self, part, shape, measure, goal=None):
-        """Measures a row, or says why not. `goal`: (unit, least)."""
+        """Measures a row, or says why not. `goal`: (unit, least). Raises DeviceLost behind a row that took the device along."""
         row = {"part": part, **shape}
+        failed = False
         try:
             if time.monotonic() > self.deadline:
                 raise TooSlow("out of time")
             row |= self.rates(measure())
             self.data["rows"].append(row)
             text = self.describe(row)
-        except (TooSlow, RuntimeError) as error:  # out of memory among them
+        except (TooSlow, torch.OutOfMemoryError) as error:
             row["why"] = str(error).split("\n")[0]
             self.data["left_out"].append(row)
             text = "left out: " + row["why"]
+        except Exception as error:  # one row's mistake must not lose the others
+            failed = True
+            row["error"] = f"{type(error).__name__}: {error}"
+            self.data["failed"].append(row)
+            text = "FAILED: " + row["error"].split("\n")[0]
         if goal:
             self.data["goals"].append({"part": part, **shape, **self.judge(row, *goal)})
         self.save()
         print(f"{part:<15} {' '.join(str(value) for value in shape.values()):<26} {text}", flush=True)
+        if failed and self.setting.is_lost():
+            raise DeviceLost("the device answers nothing but this error; every row behind it is missing")
         if not self.setting.dry:
             torch.cuda.empty_cache()
 
@@ -664,10 +690,16 @@ def main():
     report = Report(setting, options.json, options.seconds)
     peaks, words = report.peaks, report.data["machine"]["in_words"]
     print(f"{words}: bf16 {peaks['bf16_flops'] / 1e12:.0f} TFLOP/s, copy {peaks['copy_bytes'] / 1e12:.2f} TB/s", flush=True)
-    for name in options.only or PARTS:
-        PARTS[name](setting, report)
+    try:
+        for name in options.only or PARTS:
+            PARTS[name](setting, report)
+    except DeviceLost as error:
+        print(f"gpu_bench: {error}")
     report.print_goals()
-    return 0
+    failed = report.data["failed"]
+    if failed:
+        print(f"\ngpu_bench: FAILED: {len(failed)} of the rows, the first: {failed[0]['error']}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

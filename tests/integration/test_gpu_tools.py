@@ -12,6 +12,7 @@ import time
 import xml.etree.ElementTree
 
 import pytest
+import torch
 from conftest import ROOT
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
@@ -62,6 +63,10 @@ class Still:
     """A setting without torch's timing: seconds are what the test says."""
 
     dry = True
+    lost = False
+
+    def is_lost(self):
+        return self.lost
 
 
 def make_report(tmp_path, monkeypatch, seconds=100.0):
@@ -94,17 +99,77 @@ def test_rows_have_rates_and_goals_figures(tmp_path, monkeypatch):
 def test_what_cannot_be_measured_is_left_out_with_its_goal(tmp_path, monkeypatch):
     report = make_report(tmp_path, monkeypatch)
 
-    def fails():
-        raise RuntimeError("out of memory\nand more")
+    def too_large():
+        raise torch.OutOfMemoryError("out of memory\nand more")
 
-    report.add("made_up", {"keys": 8}, fails, ("speedup", 2.0))
+    report.add("made_up", {"keys": 8}, too_large, ("speedup", 2.0))
     report.deadline = time.monotonic() - 1
     report.add("made_up", {"keys": 9}, lambda: pytest.fail("it is too late for this"))
     data = on_file(report)
-    assert [row["why"] for row in data["left_out"]] == ["out of memory", "out of time"] and data["rows"] == []
+    assert [row["why"] for row in data["left_out"]] == ["out of memory", "out of time"]
+    assert data["rows"] == [] and data["failed"] == []
     assert data["goals"] == [
         {"part": "made_up", "keys": 8, "unit": "speedup", "goal": 2.0, "figure": None, "reached": None}
     ]
+
+
+def test_a_row_that_fails_is_kept_with_its_error(tmp_path, monkeypatch):
+    report = make_report(tmp_path, monkeypatch)
+
+    def wrong():
+        raise RuntimeError("illegal address\nand more")
+
+    report.add("made_up", {"keys": 8}, wrong, ("speedup", 2.0))
+    report.add("made_up", {"keys": 9}, lambda: {"seconds": {"a": 0.5}})
+    data = on_file(report)
+    assert data["failed"] == [{"part": "made_up", "keys": 8, "error": "RuntimeError: illegal address\nand more"}]
+    assert [row["keys"] for row in data["rows"]] == [9] and data["left_out"] == [] and data["goals"][0]["figure"] is None
+    monkeypatch.setattr(Still, "lost", True)
+    with pytest.raises(gpu_bench.DeviceLost):
+        report.add("made_up", {"keys": 10}, wrong)
+    assert [row["keys"] for row in on_file(report)["failed"]] == [8, 10], "what took the device along is on file"
+
+
+def test_memory_that_no_dense_backend_finds_is_no_failure(monkeypatch):
+    """The fastest of none: out of memory leaves the row out, another refusal fails it."""
+    setting = gpu_bench.Setting(True)
+    dense = gpu_bench.Dense(setting, *setting.inputs(8, 8)[:3])
+    for error, expected in ((torch.OutOfMemoryError("much"), torch.OutOfMemoryError), (RuntimeError("no"), RuntimeError)):
+
+        def refuse(backend, form, error=error):
+            raise error
+
+        monkeypatch.setattr(dense, "run", refuse)
+        with pytest.raises(expected) as caught:
+            dense.fastest()
+        assert caught.type is expected
+
+
+def test_a_failing_row_fails_the_whole_check(tmp_path, monkeypatch, capsys):
+    """The benchmark as gpu_check runs it, with a part whose first row raises."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/gpu_bench.py").write_text(f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpu_bench", {str(ROOT / "bench/gpu_bench.py")!r})
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+def part(setting, report):
+    report.add("made_up", {{"keys": 8}}, lambda: [][1], ("speedup", 2.0))
+    report.add("made_up", {{"keys": 9}}, lambda: {{"seconds": {{"a": 1.0}}}})
+
+bench.PARTS = {{"made_up": part}}
+sys.exit(bench.main())
+""")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    checker = gpu_check.Checker(sys.executable, ENVIRONMENT, tmp_path, True)
+    summary = gpu_check.Summary(tmp_path, 300)
+    gpu_check.run_parts(["bench"], checker, summary)
+    assert summary.end() == 1
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["bench"]
+    assert found["ok"] is False and found["status"] == 1 and [row["keys"] for row in found["failed"]] == [8]
+    assert "1 rows, 0 of 1 goals reached, 1 failed, the first: IndexError" in found["what"]
+    assert "gpu_check: FAILED" in capsys.readouterr().out
 
 
 def test_a_call_that_would_take_minutes_is_not_begun():
@@ -130,8 +195,6 @@ def test_a_call_that_would_take_minutes_is_not_begun():
 
 @pytest.mark.parametrize("realistic", [False, True])
 def test_selections_are_what_the_operators_take(realistic):
-    import torch
-
     setting = gpu_bench.Setting(True)
     blocks = gpu_bench.random_blocks(setting, 40, 200, realistic)
     assert blocks.shape == (setting.kv_heads, 40, setting.topk) and blocks.dtype == torch.int32
