@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The environment variable MSA_SCREEN, by which anyone can compare screened with unscreened selection on every backend.
-// Tested in tests/cuda/screen_blocks_test.cc.
+// Tested in tests/unit/screen_test.cc (CPU) and tests/cuda/screen_blocks_test.cc (CUDA).
 #pragma once
 
 namespace msa::core {
