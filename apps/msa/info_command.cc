@@ -22,10 +22,44 @@ struct InfoOptions {
                topk = 16;
 };
 
-// docs/cuda.md has the whole table.
-constexpr const char* kCudaFastPath =
-    "fast path: bfloat16 or float16, head dim = value dim and index dim 64 or 128, block size 64 or 128; others run on "
-    "plain kernels";
+/// What the CUDA backend's fast kernels of an operator ask of a shape: the table of docs/cuda.md, to which
+/// tests/integration/test_cli.py holds this one. Alignment is left out, since it is no part of a shape.
+struct CudaKernels {
+  const char* op;
+  const char* dtypes;  ///< that they take, empty where there are none
+  bool head_dim, value_dim, index_dim, block_size, group;
+};
+constexpr CudaKernels kCudaKernels[] = {
+    {"select_blocks", "bfloat16, float16, index keys also float8_e4m3", false, false, true, true, false},
+    {"topk_blocks", "float32 scores", false, false, false, false, false},
+    {"sparse_attention", "bfloat16, float16", true, true, false, true, true},
+    {"sparse_attention_backward", "bfloat16, float16", true, true, false, true, true},
+    {"dense_attention", "bfloat16, float16, keys and values also float8_e4m3", true, true, false, false, true},
+    {"dense_attention_backward", "bfloat16, float16", true, true, false, false, true},
+    {"index_kl", "bfloat16, float16", true, false, true, true, true},
+    {"index_kl_backward", "bfloat16, float16", true, false, true, true, true},
+    {"select_blocks_oracle", "", false, false, false, false, false},
+    {"selection_recall", "", false, false, false, false, false},
+};
+constexpr std::int64_t kMaxCudaGroup = 64;
+
+/// Which kernels a contiguous call of this shape takes on a GPU, and why not the fast ones.
+std::string cuda_path(const CudaKernels& kernels, const InfoOptions& o) {
+  const auto is_wide = [](std::int64_t n) { return n == 64 || n == 128; };
+  std::string why;
+  if (*kernels.dtypes == '\0') why = "no others yet";
+  if (kernels.group && o.query_heads / o.kv_heads > kMaxCudaGroup) {
+    why = fmt::format("{} query heads a kv head are more than {}", o.query_heads / o.kv_heads, kMaxCudaGroup);
+  }
+  if (kernels.block_size && !is_wide(o.block_size)) why = fmt::format("block size {} is not 64 or 128", o.block_size);
+  if (kernels.index_dim && !is_wide(o.index_dim)) why = fmt::format("index dim {} is not 64 or 128", o.index_dim);
+  if (kernels.value_dim && o.value_dim != o.head_dim) {
+    why = fmt::format("value dim {} is not head dim {}", o.value_dim, o.head_dim);
+  }
+  if (kernels.head_dim && !is_wide(o.head_dim)) why = fmt::format("head dim {} is not 64 or 128", o.head_dim);
+  if (!why.empty()) return "cuda/plain (" + why + ")";
+  return fmt::format("cuda/fast ({}; else plain)", kernels.dtypes);
+}
 
 /// One line.
 std::string describe(const CudaInfo& cuda) {
@@ -80,7 +114,9 @@ void print_info(InfoOptions o) {
   if (cuda.built) {
     info["backends"]["cuda"]["runtime"] = cuda.runtime_version;
     info["backends"]["cuda"]["driver"] = cuda.driver_version;
-    info["backends"]["cuda"]["fast_path"] = kCudaFastPath;
+  }
+  for (const CudaKernels& kernels : kCudaKernels) {  // what a build with CUDA takes, also where this is none
+    info["backends"]["cuda"]["paths"][kernels.op] = cuda_path(kernels, o);
   }
   info["threads"] = std::thread::hardware_concurrency();
   info["dtypes"] = {"float32", "bfloat16", "float16"};
@@ -130,7 +166,6 @@ void print_info(InfoOptions o) {
   fmt::print("  backend cpu        instruction set {} (of {}; override: MSA_ISA)\n", active, sets);
   fmt::print("  backend reference  scalar float64, the executable specification\n");
   fmt::print("  backend cuda       {}\n", describe(cuda));
-  if (cuda.built) fmt::print("                     {}\n", kCudaFastPath);
   fmt::print("  threads            {}\n", std::thread::hardware_concurrency());
   fmt::print(
       "  storage types      float32, bfloat16, float16, keys and values also float8_e4m3; float32 accumulation\n");
@@ -142,6 +177,9 @@ void print_info(InfoOptions o) {
   fmt::print("\nPath of {} query / {} kv heads, head dim {}, value dim {}, index dim {}, block size {}, topk {}:\n",
              o.query_heads, o.kv_heads, o.head_dim, o.value_dim, o.index_dim, o.block_size, o.topk);
   for (const auto& [op, path] : info["paths"].items()) fmt::print("  {:<26} {}\n", op, path.get<std::string>());
+  if (!cuda.built) return;
+  fmt::print("\nOn a GPU (docs/cuda.md):\n");
+  for (const CudaKernels& kernels : kCudaKernels) fmt::print("  {:<26} {}\n", kernels.op, cuda_path(kernels, o));
 }
 
 }  // namespace

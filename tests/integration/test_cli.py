@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import xml.etree.ElementTree
@@ -56,6 +57,32 @@ def test_info_says_which_path_a_shape_takes(msa):
     assert info["paths"]["select_blocks"].startswith("cpu/")
     text = msa("info").stdout
     assert "instruction set" in text and "sparse_attention" in text
+
+
+def cuda_table(root):
+    """docs/cuda.md: what the fast kernels of each operator ask for."""
+    page, cells = (root / "docs/cuda.md").read_text(), {}
+    for names, kernels in re.findall(r"^\| (`.*?) \| (.*?) \| (?:plain|-) \|$", page, re.MULTILINE):
+        # A backward asks for what its forward does, and more.
+        forward = cells[re.findall(r"`(\w+)_backward`", names)[0]] if kernels.startswith("as the forward") else ""
+        cells |= dict.fromkeys(re.findall(r"`(\w+)`", names), forward + kernels)
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("arguments", "condition"),
+    [([], None), (["--head-dim", 64, "--index-dim", 64], None), (["--query-heads", 256], None),
+     (["--head-dim", 96, "--index-dim", 128], "head_dim"), (["--value-dim", 64], "value_dim"), (["--index-dim", 96], "index_dim"),
+     (["--block-size", 32], "block_size"), (["--query-heads", 260], "groups to 64")],
+)
+def test_info_says_of_a_gpu_what_its_page_says(msa, root, arguments, condition):
+    paths, table = json.loads(msa("info", "--json", *arguments).stdout)["backends"]["cuda"]["paths"], cuda_table(root)
+    assert set(paths) == set(table) and len(table) == 10
+    for op, kernels in table.items():
+        is_plain = kernels == "none yet" or (condition is not None and condition in kernels)
+        assert paths[op].startswith("cuda/plain (" if is_plain else "cuda/fast ("), (op, paths[op], kernels)
+        if not is_plain and not op.endswith("_backward"):
+            assert ("float8" in paths[op]) == ("float8" in kernels), (op, paths[op], kernels)
 
 
 def test_instruction_set_override(msa):
