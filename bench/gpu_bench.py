@@ -213,7 +213,9 @@ class Dense:
 
 
 def guard(setting, step_of, cost_of, small, large):
-    """Runs a step at a small size first: a kernel that would take minutes at the large one cannot be interrupted."""
+    """Runs a step at a small size first: a kernel that would take minutes at the large one cannot be interrupted. `cost_of`: of
+    so many tokens, in any unit."""
+    small = min(small, large)
     step = step_of(small)
     step()
     predicted = setting.clock.once(step) * cost_of(large) / cost_of(small)
@@ -270,10 +272,33 @@ def selected_pairs(setting, blocks, tokens):
     return (blocks >= 0).sum().item() / setting.kv_heads * setting.block - tokens * setting.block / 2
 
 
+def selection_of(s, queries, count, prepare=lambda k_idx: k_idx):
+    """Selection for the last `queries` rows of `count` keys, or for all of fewer."""
+    _, _, _, q_idx, k_idx = s.inputs(min(count, queries), count)
+    k_idx, cu = prepare(k_idx), (s.bounds(q_idx.shape[0]), s.bounds(count))
+    return lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+
+
+def attention_of(s, queries, count, realistic=False):
+    """Attention of the same rows to random blocks; its tensors and blocks beside it."""
+    q, k, v, _, _ = s.inputs(min(count, queries), count)
+    blocks, cu = random_blocks(s, q.shape[0], count, realistic), (s.bounds(q.shape[0]), s.bounds(count))
+
+    def step():
+        return msa.sparse_attention(q, k, v, blocks, *cu, s.block)
+
+    step.tensors, step.blocks = (q, k, v), blocks
+    return step
+
+
 def prefill_row(s, report, part, queries, keys, goal):
     shape = {"queries": s.tokens(queries), "keys": s.tokens(keys)}
 
     def row():
+        for name, step_of in (("select", selection_of), ("attend", attention_of)):
+            guard(s, lambda count: step_of(s, shape["queries"], count),  # noqa: B023: called at once
+                  lambda count: s.flops(min(count, shape["queries"]), count)[name],  # noqa: B023
+                  s.tokens(16 * K), shape["keys"])
         q, k, v, q_idx, k_idx = s.inputs(**shape)
         cu = (s.bounds(shape["queries"]), s.bounds(shape["keys"]))
         blocks = msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
@@ -339,15 +364,15 @@ def bench_sparse_forward(s, report):
     for kind, goal in (("independent", 400.0), ("realistic", 500.0)):
 
         def row(kind=kind):
-            q, k, v, _, _ = s.inputs(tokens, tokens)
-            cu = (s.bounds(tokens), s.bounds(tokens))
-            blocks = random_blocks(s, tokens, tokens, kind == "realistic")
-            seconds = {"attend": s.clock(lambda: msa.sparse_attention(q, k, v, blocks, *cu, s.block))}
-            flops = {"attend": 4 * selected_pairs(s, blocks, tokens) * s.query_heads * s.dim}
-            return {"seconds": seconds, "flops": flops, "union": union_of_neighbours(s, blocks)}
+            def step_of(count):
+                return attention_of(s, count, count, kind == "realistic")
 
-        shape = {"queries": tokens, "keys": tokens, "selection": kind}
-        report.add("sparse_forward", shape, row, ("TFLOP/s", goal))
+            guard(s, step_of, lambda count: s.flops(count, count)["attend"], s.tokens(16 * K), tokens)
+            step = step_of(tokens)
+            flops = {"attend": 4 * selected_pairs(s, step.blocks, tokens) * s.query_heads * s.dim}
+            return {"seconds": {"attend": s.clock(step)}, "flops": flops, "union": union_of_neighbours(s, step.blocks)}
+
+        report.add("sparse_forward", {"queries": tokens, "keys": tokens, "kind": kind}, row, ("TFLOP/s", goal))
 
 
 @contextlib.contextmanager
@@ -372,10 +397,7 @@ def bench_index(s, report):
 
         def step_of(count, dtype=dtype):
             torch.manual_seed(1)
-            _, _, _, q_idx, k_idx = s.inputs(min(count, queries), count)
-            k_idx = k_idx.to(dtype)
-            cu = (s.bounds(q_idx.shape[0]), s.bounds(count))
-            return lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk)
+            return selection_of(s, queries, count, lambda k_idx: k_idx.to(dtype))
 
         def row(kind=kind, switch=switch, step_of=step_of):
             with screening(switch):
@@ -397,14 +419,16 @@ def bench_screening(s, report):
         for kind in ("normal", "biased"):
 
             def row(keys=keys, kind=kind):
-                _, _, _, q_idx, k_idx = s.inputs(queries, keys)
-                if kind == "biased":
-                    k_idx = k_idx + 100 * (torch.arange(s.dim, device=s.device) % 3).to(k_idx.dtype)
-                cu = (s.bounds(queries), s.bounds(keys))
-                seconds = {}
+                bias = 100 * (torch.arange(s.dim, device=s.device) % 3) * (kind == "biased")
+
+                def step_of(count):
+                    return selection_of(s, queries, count, lambda k_idx: k_idx + bias.to(k_idx.dtype))
+
+                step, seconds = step_of(keys), {}
                 for name, switch in (("exact", "0"), ("screened", "1"), ("chosen", None)):
                     with screening(switch):
-                        seconds[name] = s.clock(lambda: msa.select_blocks(q_idx, k_idx, *cu, s.block, s.topk))
+                        guard(s, step_of, lambda count: s.flops(min(count, queries), count)["select"], s.tokens(16 * K), keys)
+                        seconds[name] = s.clock(step)
                 return {"seconds": seconds, "flops": dict.fromkeys(seconds, s.flops(queries, keys)["select"])}
 
             report.add("screening", {"queries": queries, "keys": keys, "kind": kind}, row)
@@ -493,24 +517,35 @@ def bench_backward(s, report):
         for kind in ("independent", "realistic"):
 
             def row(tokens=tokens, kind=kind):
-                q, k, v, _, _ = s.inputs(tokens, tokens, requires_grad=True)
-                cu = (s.bounds(tokens), s.bounds(tokens))
-                blocks = random_blocks(s, tokens, tokens, kind == "realistic")
-                out, _ = msa.sparse_attention(q, k, v, blocks, *cu, s.block)
-                seconds = s.clock(lambda: torch.autograd.grad(out, (q, k, v), out, retain_graph=True), repeats=5)
-                flops = 10 * selected_pairs(s, blocks, tokens) * s.query_heads * s.dim
-                return {"seconds": {"backward": seconds}, "flops": {"backward": flops}}
+                def step_of(count):
+                    attend = attention_of(s, count, count, kind == "realistic")
+                    for tensor in attend.tensors:
+                        tensor.requires_grad_()
+                    out, _ = attend()
+
+                    def step():
+                        return torch.autograd.grad(out, attend.tensors, out, retain_graph=True)
+
+                    step.blocks = attend.blocks
+                    return step
+
+                guard(s, step_of, lambda count: s.flops(count, count)["attend"], s.tokens(4 * K), tokens)
+                step = step_of(tokens)
+                flops = 10 * selected_pairs(s, step.blocks, tokens) * s.query_heads * s.dim
+                return {"seconds": {"backward": s.clock(step, repeats=5)}, "flops": {"backward": flops}}
 
             report.add("backward", {"queries": tokens, "keys": tokens, "kind": kind}, row)
 
     tokens = s.tokens(32 * K)
 
     def dense():
-        q, k, v, _, _ = s.inputs(tokens, tokens)
-        cu = (s.bounds(tokens), s.bounds(tokens))
-        grad = torch.ops.msa.dense_attention_backward
-        saved = msa.sparse_attention(q, k, v, random_blocks(s, tokens, tokens, False), *cu, s.block)  # any out and lse serve
-        seconds = s.clock(lambda: grad(saved[0], None, q, k, v, *saved, *cu, None, None), repeats=5)
+        def step_of(count):
+            attend, cu = attention_of(s, count, count), (s.bounds(count), s.bounds(count))
+            out, lse = attend()  # any serve
+            return lambda: torch.ops.msa.dense_attention_backward(out, None, *attend.tensors, out, lse, *cu, None, None)
+
+        guard(s, step_of, lambda count: s.flops(count, count)["dense"], s.tokens(4 * K), tokens)
+        seconds = s.clock(step_of(tokens), repeats=5)
         return {"seconds": {"backward": seconds}, "flops": {"backward": 2.5 * s.flops(tokens, tokens)["dense"]}}
 
     report.add("backward", {"queries": tokens, "keys": tokens, "kind": "dense"}, dense)
@@ -524,16 +559,26 @@ def bench_index_kl(s, report):
         tokens = s.tokens(tokens)
 
         def row(tokens=tokens, stage=stage):
-            q, k, _, q_idx, k_idx = s.inputs(tokens, tokens)
-            cu = (s.bounds(tokens), s.bounds(tokens))
-            blocks = None if stage == "warmup" else random_blocks(s, tokens, tokens, True)
-            leaves = (q_idx.requires_grad_(), k_idx.requires_grad_())
+            def step_of(count):
+                q, k, _, q_idx, k_idx = s.inputs(count, count)
+                cu = (s.bounds(count), s.bounds(count))
+                blocks = None if stage == "warmup" else random_blocks(s, count, count, True)
+                leaves = (q_idx.requires_grad_(), k_idx.requires_grad_())
 
-            def forward():
-                return msa.index_kl(*leaves, q, k, blocks, *cu, s.block)
+                def forward():
+                    return msa.index_kl(*leaves, q, k, blocks, *cu, s.block)
 
-            seconds = {"forward": s.clock(forward, repeats=5)}
-            seconds["both"] = s.clock(lambda: torch.autograd.grad(forward(), leaves), repeats=5)
+                def both():
+                    return torch.autograd.grad(forward(), leaves)
+
+                both.forward, both.blocks = forward, blocks
+                return both
+
+            work = "dense" if stage == "warmup" else "attend"
+            guard(s, step_of, lambda count: s.flops(count, count)[work], s.tokens(4 * K), tokens)
+            both = step_of(tokens)
+            blocks = both.blocks
+            seconds = {"forward": s.clock(both.forward, repeats=5), "both": s.clock(both, repeats=5)}
             pairs = tokens * (tokens + 1) / 2 if blocks is None else selected_pairs(s, blocks, tokens)
             scores, index = 2 * pairs * (s.query_heads + s.kv_heads) * s.dim, 2 * pairs * s.kv_heads * s.dim
             flops = {"forward": 2 * scores, "both": (4 if blocks is None else 3) * scores + 2 * index}

@@ -193,6 +193,21 @@ def test_a_call_that_would_take_minutes_is_not_begun():
     assert sizes == [10, 10], "the large size was not touched"
 
 
+# A step of decoding and a pass over scores are short on every path.
+@pytest.mark.parametrize("part", sorted(set(gpu_bench.PARTS) - {"topk", "decode", "index_scan"}))
+def test_every_row_asks_first_what_its_call_would_take(part, tmp_path, monkeypatch):
+    report = make_report(tmp_path, monkeypatch)
+
+    def guard(setting, step_of, cost_of, small, large):
+        assert 0 < cost_of(small) <= cost_of(large)
+        raise gpu_bench.TooSlow("asked")
+
+    monkeypatch.setattr(gpu_bench, "guard", guard)
+    gpu_bench.PARTS[part](gpu_bench.Setting(True), report)
+    data = on_file(report)
+    assert data["rows"] == data["failed"] == [] and {row["why"] for row in data["left_out"]} == {"asked"}
+
+
 @pytest.mark.parametrize("realistic", [False, True])
 def test_selections_are_what_the_operators_take(realistic):
     setting = gpu_bench.Setting(True)
