@@ -13,6 +13,7 @@
 #include "src/cuda/index_kl.h"
 #include "src/cuda/ptx.cuh"
 #include "src/cuda/reverse_index.cuh"
+#include "src/cuda/sorted_visits.cuh"
 
 namespace msa::cuda {
 
@@ -160,6 +161,22 @@ __device__ inline std::int32_t first_viewer(const BatchView& batch, std::int32_t
   return low;
 }
 
+/// How many of an item's visits are some. sort_visits pads the list of a block that a row names twice, which ids that
+/// were never checked may do; a list that is not sorted has no padding.
+__device__ inline std::int32_t count_queries(const Visit* visits, std::int32_t count) {
+  if (count == 0 || visits[count - 1].query != kNoQuery) return count;
+  std::int32_t low = 0, high = count - 1;  // the first of the padding is in [low, high]
+  while (low < high) {
+    const std::int32_t middle = low + (high - low) / 2;
+    if (visits[middle].query == kNoQuery) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
 /// Item `number`; count 0 or less: nothing to do.
 template <class T>
 __device__ KlItem find_item(const KlArguments<T>& a, std::int32_t number) {
@@ -169,7 +186,7 @@ __device__ KlItem find_item(const KlArguments<T>& a, std::int32_t number) {
   if (a.schedule == KlSchedule::kVisits) {
     const WorkItem work = a.index.items[number];
     item.first = work.first;
-    item.count = work.count;
+    item.count = count_queries(a.index.visits + work.first, work.count);
     item.page = work.page;
     item.row = work.row;
     item.piece = work.piece;

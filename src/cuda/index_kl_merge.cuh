@@ -107,13 +107,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_dk(KlArguments<T> a, floa
   if (number >= total) return;
   const KlItem item = find_item(a, number);
   if (item.count <= 0 || item.piece != 0) return;
+  std::int32_t pieces = item.pieces;
+  while (pieces > 1 && find_item(a, number + pieces - 1).count <= 0) --pieces;  // padding: nobody wrote its sum
 
   const BatchView& batch = a.index.batch;
   const std::int32_t s = batch.last_sequence(item.row, [&](std::int32_t i) { return batch.cu_seqlens_k[i]; });
   const std::int32_t keys = min_of(kBlock, batch.cu_seqlens_k[s + 1] - item.row);
   for (std::int32_t i = static_cast<std::int32_t>(threadIdx.x); i < keys * kIndexDim; i += kMergeThreads) {
     float sum = 0;
-    for (std::int64_t from = number; from < number + item.pieces; ++from) {
+    for (std::int64_t from = number; from < number + pieces; ++from) {
 #pragma unroll
       for (int part = 0; part < 128 / kBlock; ++part) {
         sum += a.dk_parts[from * 128 * kIndexDim + part * kBlock * kIndexDim + i];

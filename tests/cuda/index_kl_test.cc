@@ -341,6 +341,30 @@ TEST(FastIndexKlRules, RowsWithoutBlocksAndPaddingRowsAreInert) {
   }
 }
 
+TEST(FastIndexKlRules, ABlockThatARowNamesTwiceIsVisitedOnce) {
+  // Ids that a caller vouched for, wrongly: what the row's own query gets is open, the other rows and the keys are not.
+  Problem problem(
+      Case{{4, 2, 64, 16, 64, 64, 2}, {{200, 260}}, DType::kBFloat16, DType::kBFloat16, Layout::kContiguous});
+  for (std::int64_t group = 0; group < 2; ++group) {
+    for (std::int64_t row = 0; row < 200; ++row) {
+      problem.blocks.set(0, group, row, 0);
+      problem.blocks.set(-1, group, row, 1);
+    }
+  }
+  KlResult forward = run(problem.kl_params(false));
+  for (const std::int64_t twice : {3, 60, 200}) {  // visits of 200 rows: the padding is a tile's end, whole items
+    for (std::int64_t row = 200 - twice; row < 200; ++row) problem.blocks.set(-1, 0, row, 1);
+    const KlGradients want = run_backward(problem.kl_params(false), forward, 1, {0, 128});
+    for (std::int64_t row = 200 - twice; row < 200; ++row) problem.blocks.set(0, 0, row, 1);
+    for (const std::int64_t queries_at_once : {0, 90}) {
+      SCOPED_TRACE(std::to_string(twice) + " rows, " + std::to_string(queries_at_once) + " at once");
+      const KlGradients got = run_backward(problem.kl_params(false), forward, 1, {queries_at_once, 128});
+      expect_same_bytes("dk_idx", got.dk_idx, want.dk_idx);
+      expect_same_bytes("dq_idx", got.dq_idx.bytes(0, 0, 200 - twice), want.dq_idx.bytes(0, 0, 200 - twice));
+    }
+  }
+}
+
 TEST(FastIndexKlRules, NothingToDo) {
   Case c{{4, 2, 64, 16, 64, 64, 2}, {{0, 0}, {0, 9}}, DType::kBFloat16, DType::kBFloat16, Layout::kContiguous, 2};
   for (const bool has_keys : {true, false}) {
