@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <utility>
 
 #include "src/cuda/screen_blocks.cu"
 #include "src/cuda/select_blocks.cu"
@@ -290,14 +291,22 @@ TEST(CudaSelectPlan, Float8KeysAreWidenedOnceForManyRows) {
 
 TEST(CudaSelectPlan, RespectsItsLimit) {
   const SelectShape shape = shape_with(1 << 20, 1, 1 << 20);
-  std::int64_t last = 0;
-  for (const std::size_t limit : {std::size_t{1} << 26, std::size_t{1} << 27, std::size_t{1} << 28, std::size_t{0}}) {
+  const std::size_t limits[] = {std::size_t{1} << 26, std::size_t{1} << 27, std::size_t{1} << 28, 0};
+  // More memory buys screening first, which may leave a chunk no larger than without; then it buys larger chunks.
+  std::pair<bool, std::int64_t> last{false, 0};
+  std::int64_t last_unscreened = 0;
+  for (const std::size_t limit : limits) {
+    SCOPED_TRACE(limit);
     const SelectPlan plan = plan_select(shape, SelectSchedule::kAuto, core::ScreenSwitch::kAuto, limit);
     EXPECT_LE(plan.bytes, limit == 0 ? std::size_t{1} << 30 : limit);
     EXPECT_EQ(plan.chunk_queries % kSelectChunkStep, 0);
-    EXPECT_GT(plan.chunk_queries, last);
-    last = plan.chunk_queries;
+    EXPECT_GT(std::pair(plan.screen.use, plan.chunk_queries), last);
+    last = {plan.screen.use, plan.chunk_queries};
+    const SelectPlan unscreened = plan_select(shape, SelectSchedule::kAuto, core::ScreenSwitch::kNever, limit);
+    EXPECT_GT(unscreened.chunk_queries, last_unscreened);
+    last_unscreened = unscreened.chunk_queries;
   }
+  EXPECT_TRUE(last.first);
   EXPECT_EQ(plan_select(shape, SelectSchedule::kAuto, core::ScreenSwitch::kAuto, 4096).chunk_queries, kSelectChunkStep)
       << "the least";
 }
