@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "src/cuda/attention_maps.h"
 #include "src/cuda/chunks.h"
 
 namespace msa::cuda {
@@ -11,13 +12,6 @@ namespace {
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up_to(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
-
-bool is_aligned(const ConstTensorView& view) {
-  const std::int64_t elements = view.dtype == DType::kFloat8E4M3 ? 16 : 8;  // of 16 bytes
-  bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
-  for (int d = 0; d + 1 < view.rank; ++d) aligned = aligned && (view.size(d) <= 1 || view.stride(d) % elements == 0);
-  return aligned;
-}
 
 }  // namespace
 
@@ -44,7 +38,7 @@ bool takes_select(const SelectBlocksParams& params) {
   return (dtype == DType::kBFloat16 || dtype == DType::kFloat16) &&
          (params.k_idx.dtype == dtype || params.k_idx.dtype == DType::kFloat8E4M3) &&
          (index_dim == 64 || index_dim == 128) && (params.block_size == 64 || params.block_size == 128) &&
-         is_aligned(params.q_idx) && is_aligned(params.k_idx);
+         is_copyable(params.q_idx) && is_copyable(params.k_idx);
 }
 
 namespace {

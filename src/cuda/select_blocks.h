@@ -103,7 +103,7 @@ SelectPlan plan_select(const SelectShape& shape, SelectSchedule schedule = Selec
 SelectShape shape_of(const SelectBlocksParams& params);
 
 /// Whether the kernels take these tensors: queries of bfloat16 or float16, keys of the same or of float8, index_dim 64
-/// or 128, block_size 64 or 128, data and strides of q_idx and k_idx multiples of 16 bytes.
+/// or 128, block_size 64 or 128, q_idx and k_idx as the copy engine reads them: see is_copyable.
 bool takes_select(const SelectBlocksParams& params);
 
 /// Enqueues the whole selection on `stream` (a cudaStream_t): plan.bytes of `workspace`, 256-byte aligned. Needs

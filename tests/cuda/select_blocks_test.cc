@@ -242,6 +242,7 @@ TEST(CudaSelectRules, TakesWhatTheKernelsCanRead) {
   refuses([](auto& p) { p.k_idx.data += 8; });
   refuses([](auto& p) { p.k_idx.strides[0] += 4; });
   refuses([](auto& p) { p.q_idx.strides[0] += 1; });
+  refuses([](auto& p) { p.k_idx.strides[0] = 0; });  // an expanded tensor, which the copy engine has no map for
 }
 
 SelectShape shape_with(std::int64_t queries, std::int64_t sequences, std::int64_t keys) {
