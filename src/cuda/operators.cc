@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "src/core/screen_switch.h"
 #include "src/cuda/attention_backward.h"
 #include "src/cuda/dense_attention.h"
 #include "src/cuda/generic/attention.h"
