@@ -426,10 +426,8 @@ __device__ __forceinline__ void for_each_choice(const SelectArgs& args, const Bo
   for (std::int32_t r = static_cast<std::int32_t>(blockIdx.x) * kTopkWarps + warp; r < rows;
        r += static_cast<std::int32_t>(gridDim.x) * kTopkWarps) {
     const QueryPlace place = args.batch.place(args.first_query + r / args.groups);
-    const std::int32_t visible = place.position < 0 ? 0 : place.position / args.block_size + 1;
-    RowChoice choice = row_choice(args, visible);
-    choice.end = min_of(choice.end, static_cast<std::int32_t>(args.maxima_stride));  // of numbers never checked
-    if (choice.slots > 0 && choice.begin < choice.end) body(r, place.sequence, choice);
+    const RowChoice choice = row_choice(args, visible_blocks(args, place.position));
+    if (choice.slots > 0) body(r, place.sequence, choice);
   }
 }
 

@@ -66,6 +66,14 @@ __device__ __forceinline__ ForcedRange forced_range(const SelectArgs& args, std:
   return range;
 }
 
+/// Blocks that a row sees; of bounds that were never checked, no more than can have maxima. -1 is the position of an
+/// inert row, which sees nothing.
+__device__ __forceinline__ std::int32_t visible_blocks(const SelectArgs& args, std::int32_t position) {
+  if (position < 0) return 0;
+  const std::int32_t most = args.most_key_tiles * (static_cast<std::int32_t>(kSelectTileKeys) / args.block_size);
+  return min_of(position / args.block_size + 1, most);
+}
+
 /// A row with `visible` blocks takes [0, begin) and [end, visible), and the `slots` best of [begin, end), which are
 /// more than slots when slots is not 0.
 struct RowChoice {
@@ -525,8 +533,7 @@ __global__ void __launch_bounds__(kTopkWarps* kWarpSize, kTopkBlocksPerProcessor
        r += static_cast<std::int32_t>(gridDim.x) * kTopkWarps) {
     const std::int32_t query = args.first_query + r / args.groups;
     std::int32_t* const out = blocks.at(r % args.groups, query);
-    const std::int32_t position = args.batch.place(query).position;  // -1: an inert row, which sees nothing
-    const std::int32_t visible = position < 0 ? 0 : position / args.block_size + 1;
+    const std::int32_t visible = visible_blocks(args, args.batch.place(query).position);
     const RowChoice choice = row_choice(args, visible);
     int chosen = 0;
     if (choice.slots > 0) {

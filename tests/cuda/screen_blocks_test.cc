@@ -167,6 +167,16 @@ TEST(CudaScreenRules, MissingPagesAreNeverAddressed) {
   expect_unscreened(paged.select_params());
 }
 
+TEST(CudaScreenRules, MoreKeysThanThereAreIsNeverBelieved) {
+  // 700 keys of 12 blocks and 20 slots; a length that nobody checked says 79 blocks, from which 20 would be chosen.
+  for (const std::int64_t topk : {4, 20}) {
+    const Problem problem = aligned(make_case(2, 64, 64, topk, {{1, 400}, {70, 700}}, DType::kBFloat16));
+    AlignedPages paged(problem, 128);
+    paged.pages.seqlens_k[1] = 5000;
+    expect_unscreened(paged.select_params());
+  }
+}
+
 /// A screened call, and what it left in its workspace.
 struct Screened {
   explicit Screened(const SelectBlocksParams& params, const SelectPlan& with)
