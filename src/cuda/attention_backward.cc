@@ -6,18 +6,12 @@
 
 #include "src/cuda/chunks.h"
 #include "src/cuda/sparse_attention.h"
+#include "src/cuda/workspace_layout.h"
 
 namespace msa::cuda {
 namespace {
 
-constexpr std::size_t kAlignment = 256;
 constexpr std::int64_t kVisitBytes = 8, kItemBytes = 32, kStatsBytes = 8;
-
-std::size_t take(std::size_t& end, std::int64_t bytes) {
-  const std::size_t at = end;
-  end += (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  return at;
-}
 
 AttentionBackwardPlan lay_out(const SparseAttentionParams& params, std::int64_t tiles_per_piece, std::int64_t heads,
                               std::int64_t queries) {
@@ -37,18 +31,18 @@ AttentionBackwardPlan lay_out(const SparseAttentionParams& params, std::int64_t 
   const std::int64_t bins = heads * plan.blocks_bound;
   plan.max_items = is_dense ? bins : std::min(visits, bins + visits / plan.visits_per_piece);
 
-  std::size_t end = 0;
-  plan.totals = take(end, 8);
-  plan.counts = take(end, bins * 4);
-  plan.partial_flags = take(end, bins * 4);
-  plan.zero_end = end;
-  plan.visits = take(end, visits * kVisitBytes);
-  plan.sorted = take(end, visits * kVisitBytes);
-  plan.items = take(end, plan.max_items * kItemBytes);
-  plan.stats = take(end, rows * query_heads * kStatsBytes);
-  plan.sums = take(end, plan.max_items * tiles.slot_floats * 4);
-  plan.partial = take(end, heads * queries * topk * group * head_dim * 2);
-  plan.bytes = end;
+  WorkspaceLayout layout;
+  plan.totals = layout.place(8);
+  plan.counts = layout.place(bins * 4);
+  plan.partial_flags = layout.place(bins * 4);
+  plan.zero_end = layout.bytes();
+  plan.visits = layout.place(visits * kVisitBytes);
+  plan.sorted = layout.place(visits * kVisitBytes);
+  plan.items = layout.place(plan.max_items * kItemBytes);
+  plan.stats = layout.place(rows * query_heads * kStatsBytes);
+  plan.sums = layout.place(plan.max_items * tiles.slot_floats * 4);
+  plan.partial = layout.place(heads * queries * topk * group * head_dim * 2);
+  plan.bytes = layout.bytes();
   return plan;
 }
 

@@ -5,20 +5,14 @@
 #include <algorithm>
 
 #include "src/cuda/chunks.h"
+#include "src/cuda/workspace_layout.h"
 
 namespace msa::cuda {
 namespace {
 
-constexpr std::size_t kAlignment = 256;
 constexpr std::int64_t kItemBytes = 32, kTotalsBytes = 8;  // DenseItem and DenseTotals of dense_attention.cuh
 
 std::int64_t ceil_of(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-std::size_t take(std::size_t& end, std::int64_t bytes) {
-  const std::size_t at = end;
-  end += (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  return at;
-}
 
 /// Tiles of one kv head: every sequence, and the rows behind the last one, may end with a tile that is not full.
 std::int64_t most_tiles(const DenseAttentionParams& params, std::int64_t queries, std::int64_t positions) {
@@ -40,12 +34,12 @@ DenseAttentionPlan lay_out(const DenseAttentionParams& params, std::int64_t quer
   const std::int64_t results = plan.is_split ? plan.max_spans : 0;  // of a row, in the workspace
   plan.max_items = most_tiles(params, queries, plan.positions_per_tile) * (plan.is_split ? plan.max_spans : 1);
 
-  std::size_t end = 0;
-  plan.totals = take(end, kTotalsBytes);
-  plan.items = take(end, plan.max_items * kItemBytes);
-  plan.lse2 = take(end, queries * query_heads * results * 4);
-  plan.partial = take(end, queries * query_heads * results * params.q.size(2) * 4);
-  plan.bytes = end;
+  WorkspaceLayout layout;
+  plan.totals = layout.place(kTotalsBytes);
+  plan.items = layout.place(plan.max_items * kItemBytes);
+  plan.lse2 = layout.place(queries * query_heads * results * 4);
+  plan.partial = layout.place(queries * query_heads * results * params.q.size(2) * 4);
+  plan.bytes = layout.bytes();
   return plan;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "src/cuda/select_blocks.h"
+#include "src/cuda/workspace_layout.h"
 
 namespace msa::cuda {
 namespace {

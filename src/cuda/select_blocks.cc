@@ -6,6 +6,7 @@
 
 #include "src/cuda/attention_maps.h"
 #include "src/cuda/chunks.h"
+#include "src/cuda/workspace_layout.h"
 
 namespace msa::cuda {
 namespace {

@@ -52,20 +52,6 @@ struct SelectShape {
   std::int64_t narrow_keys = 0;  ///< rows of k_idx when it is float8, which 16-bit copies would have
 };
 
-/// Hands out parts of a workspace, 256-byte aligned, one behind the other.
-class WorkspaceLayout {
- public:
-  std::size_t place(std::int64_t bytes) {
-    const std::size_t start = bytes_;
-    bytes_ += static_cast<std::size_t>((bytes + 255) / 256 * 256);
-    return start;
-  }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  std::size_t bytes_ = 0;
-};
-
 /// The workspace, in this order, every part 256-byte aligned: counts, first tile of each sequence, tiles, items,
 /// maxima, 16-bit copies of float8 keys, and what screening needs.
 struct SelectPlan {

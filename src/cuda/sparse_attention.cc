@@ -5,20 +5,14 @@
 #include <algorithm>
 
 #include "src/cuda/chunks.h"
+#include "src/cuda/workspace_layout.h"
 
 namespace msa::cuda {
 namespace {
 
-constexpr std::size_t kAlignment = 256;
 constexpr std::int64_t kMostTilePositions = 32;  // a lane each
 constexpr std::int64_t kFewVisits = 4096;        // some 32 a multiprocessor
 constexpr std::int64_t kMostVerified = 16;       // tokens a sequence and call
-
-std::size_t take(std::size_t& end, std::int64_t bytes) {
-  const std::size_t at = end;
-  end += (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-  return at;
-}
 
 SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t queries, const AttentionOrders& orders) {
   const std::int64_t kv_heads = params.k.size(params.k.rank - 2);
@@ -48,19 +42,19 @@ SparseAttentionPlan lay_out(const SparseAttentionParams& params, std::int64_t qu
   }
   const std::int64_t tiles = plan.most_blocks > 0 ? kv_heads * (queries / plan.positions_per_tile + 1) : 0;
 
-  std::size_t end = 0;
-  plan.totals = take(end, kTotalsBytes);
-  plan.counts = take(end, plan.bins * 4);
-  plan.partial_flags = take(end, plan.bins * 4);
-  plan.zero_end = end;
-  plan.visits = take(end, listed * kVisitBytes);
-  plan.items = take(end, plan.max_items * kItemBytes);
-  plan.tile_counts = take(end, tiles * 4);
-  plan.shared_tiles = take(end, tiles * 4);
-  plan.tile_blocks = take(end, tiles * plan.most_blocks * kTileBlockBytes);
-  plan.lse = take(end, queries * query_heads * topk * 4);
-  plan.partial = take(end, queries * query_heads * topk * value_dim * 2);
-  plan.bytes = end;
+  WorkspaceLayout layout;
+  plan.totals = layout.place(kTotalsBytes);
+  plan.counts = layout.place(plan.bins * 4);
+  plan.partial_flags = layout.place(plan.bins * 4);
+  plan.zero_end = layout.bytes();
+  plan.visits = layout.place(listed * kVisitBytes);
+  plan.items = layout.place(plan.max_items * kItemBytes);
+  plan.tile_counts = layout.place(tiles * 4);
+  plan.shared_tiles = layout.place(tiles * 4);
+  plan.tile_blocks = layout.place(tiles * plan.most_blocks * kTileBlockBytes);
+  plan.lse = layout.place(queries * query_heads * topk * 4);
+  plan.partial = layout.place(queries * query_heads * topk * value_dim * 2);
+  plan.bytes = layout.bytes();
   return plan;
 }
 
