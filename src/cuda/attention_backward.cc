@@ -46,17 +46,6 @@ AttentionBackwardPlan lay_out(const SparseAttentionParams& params, std::int64_t 
   return plan;
 }
 
-/// The largest number in [1, most] that fits, 0 when none does; bytes grow with it.
-template <class Fits>
-std::int64_t largest(std::int64_t most, const Fits& fits) {
-  std::int64_t low = 0, high = most + 1;  // low fits, as a formality, high does not
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (fits(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
 }  // namespace
 
 bool takes_backward(const SparseAttentionParams& params) { return is_fast_geometry(params) && has_fast_layout(params); }
@@ -74,8 +63,9 @@ AttentionBackwardPlan plan_attention_backward(const SparseAttentionParams& param
     limit = std::max(kDefaultBackwardWorkspace, lay(1, std::min(rows, kMinBackwardQueries)).bytes);
   }
   // Fewer heads first: they share nothing. Fewer queries cost what is said in the page.
-  const std::int64_t heads = largest(kv_heads, [&](std::int64_t n) { return lay(n, rows).bytes <= limit; });
-  if (heads > 0) return lay(heads, rows);
+  if (lay(1, rows).bytes <= limit) {
+    return lay(largest_chunk(kv_heads, 1, limit, [&](std::int64_t n) { return lay(n, rows).bytes; }), rows);
+  }
   return lay(1, largest_chunk(rows, 1, limit, [&](std::int64_t n) { return lay(1, n).bytes; }));
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How many queries an operator takes at once when its workspace is limited: the one place where plans answer to
-// Context::workspace_limit. Host arithmetic. Tested in tests/cuda/workspace_limit_test.cc.
+// How many queries, or heads, an operator takes at once when its workspace is limited: the search by which every plan
+// keeps to Context::workspace_limit. Host arithmetic. Tested in tests/cuda/workspace_limit_test.cc.
 #pragma once
 
 #include <algorithm>

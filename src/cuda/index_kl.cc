@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "src/cuda/attention_maps.h"
+#include "src/cuda/chunks.h"
 #include "src/cuda/sparse_attention.h"
 #include "src/cuda/workspace_layout.h"
 
@@ -80,13 +81,9 @@ IndexKlPlan fit(const IndexKlParams& params, std::size_t limit, const LayOut& la
   if (limit == 0) limit = kDefaultWorkspace;
   const std::int64_t queries = std::max<std::int64_t>(1, params.q.size(0));
   const IndexKlPlan whole = lay_out(queries);
-  if (whole.bytes <= limit || whole.is_dense) return whole;
-  std::int64_t low = std::min(kFewestQueries, queries), high = queries;  // low is taken, high does not fit
-  while (high - low > 1) {
-    const std::int64_t middle = low + (high - low) / 2;
-    (lay_out(middle).bytes <= limit ? low : high) = middle;
-  }
-  return lay_out(low);
+  if (whole.is_dense) return whole;
+  const std::int64_t chunk = largest_chunk(queries, 1, limit, [&](std::int64_t n) { return lay_out(n).bytes; });
+  return lay_out(std::max(chunk, std::min(kFewestQueries, queries)));
 }
 
 }  // namespace
