@@ -705,6 +705,7 @@ struct KeyGradientArguments {
   BatchView batch;
   const WorkItem* items;
   const WorkTotals* totals;
+  const Visit* visits;  ///< in order; only where a list has several pieces
   const float* sums;
   Strided<T> dk, dv;
   std::int32_t first_head;
@@ -721,6 +722,8 @@ __global__ void __launch_bounds__(kConsumerThreads) write_key_gradients(KeyGradi
   if (static_cast<std::int32_t>(blockIdx.x) >= a.totals->items) return;
   const WorkItem item = a.items[blockIdx.x];
   if (item.piece != 0 || item.count == 0) return;
+  std::int32_t pieces = item.pieces;  // but for those that are padding and nothing else: nobody wrote their sums
+  while (pieces > 1 && a.visits[a.items[blockIdx.x + pieces - 1].first].query == kNoQuery) --pieces;
   std::int32_t low = 0, high = a.batch.sequences;  // the first sequence that ends behind the block's first key
   while (low < high) {
     const std::int32_t middle = low + (high - low) / 2;
@@ -743,7 +746,7 @@ __global__ void __launch_bounds__(kConsumerThreads) write_key_gradients(KeyGradi
       sum.x += part.x;
       sum.y += part.y;
     };
-    for (std::int32_t piece = 0; piece < item.pieces; ++piece) {
+    for (std::int32_t piece = 0; piece < pieces; ++piece) {
       add(piece, owner);
       if (!kSplitsKeys) add(piece, owner + 128);
     }
@@ -855,6 +858,7 @@ void finish_key_gradients(const Context& context, const AttentionBackwardPlan& p
   keys.batch = index.batch;
   keys.items = index.items;
   keys.totals = index.totals;
+  keys.visits = reinterpret_cast<const Visit*>(static_cast<std::byte*>(context.workspace) + plan.sorted);
   keys.sums = sums;
   keys.dk = strided<T>(grads.dk);
   keys.dv = strided<T>(grads.dv);

@@ -222,11 +222,20 @@ TEST(FastBackwardRules, ABlockThatARowNamesTwiceIsVisitedOnce) {
   }
   const AttentionResult forward = forward_of(problem);
   const Tensor dout = make_dout(problem);
-  const AttentionGradients want = run(problem.sparse_params(), forward, dout, nullptr);
-  for (const std::int64_t row : {3, 7, 39}) problem.blocks.set(1, 0, row, 1);
-  const AttentionGradients got = run(problem.sparse_params(), forward, dout, nullptr);
-  expect_same_bytes("dk", got.dk, want.dk);
-  expect_same_bytes("dv", got.dv, want.dv);
+  AtOnce small_pieces;
+  small_pieces.tiles_per_piece = 1;
+  for (const AtOnce& at_once : {AtOnce{}, small_pieces}) {
+    for (const std::int64_t step : {18, 1}) {  // the padding is a piece's end; whole pieces of small ones
+      SCOPED_TRACE(std::to_string(at_once.tiles_per_piece) + " tiles a piece, each " + std::to_string(step));
+      for (std::int64_t row = 3; row < 40; row += step) problem.blocks.set(-1, 0, row, 1);
+      const AttentionGradients want = run(problem.sparse_params(), forward, dout, nullptr, at_once);
+      for (std::int64_t row = 3; row < 40; row += step) problem.blocks.set(1, 0, row, 1);
+      const AttentionGradients got = run(problem.sparse_params(), forward, dout, nullptr, at_once);
+      expect_same_bytes("dk", got.dk, want.dk);
+      expect_same_bytes("dv", got.dv, want.dv);
+      for (std::int64_t row = 0; row < 40; ++row) problem.blocks.set(-1, 0, row, 1);
+    }
+  }
 }
 
 TEST(FastBackwardRules, NothingToDo) {
