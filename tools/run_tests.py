@@ -9,6 +9,7 @@ stays in build/test-logs.
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import subprocess
@@ -78,6 +79,19 @@ def run_gtest(name, binary, arguments=(), env=None):
     return read_junit(junit, status)
 
 
+def run_sharded(name, binary, env=None):
+    """A long binary whose tests use one thread each: its tests dealt out to a process a CPU."""
+    shards = os.cpu_count() or 1
+    base = dict(os.environ if env is None else env, GTEST_TOTAL_SHARDS=str(shards))
+    count = Count()
+    with concurrent.futures.ThreadPoolExecutor(shards) as pool:
+        for part in pool.map(
+            lambda i: run_gtest(f"{name}-{i}", binary, env=dict(base, GTEST_SHARD_INDEX=str(i))), range(shards)
+        ):
+            count.add(part)
+    return count
+
+
 def run_pytest(name, *paths):
     junit = LOGS / f"{name}.xml"
     junit.unlink(missing_ok=True)
@@ -125,7 +139,7 @@ def suite_emulation():
     build = ["cmake", "--build", str(BUILD), "-j", str(os.cpu_count() or 1), "--target", "cuda_emulation_tests"]
     if run_logged("build-emulation", build) != 0:
         return Count(failed=1)
-    return run_gtest("emulation", BUILD / "bin" / "cuda_emulation_tests")
+    return run_sharded("emulation", BUILD / "bin" / "cuda_emulation_tests")
 
 
 def suite_asan():
@@ -134,7 +148,7 @@ def suite_asan():
     env = dict(os.environ, ASAN_OPTIONS="detect_leaks=1:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1")
     count = Count()
     for binary in ("msa_tests", "files_tests"):
-        count.add(run_gtest(f"asan-{binary}", ROOT / "build-asan" / "bin" / binary, env=env))
+        count.add(run_sharded(f"asan-{binary}", ROOT / "build-asan" / "bin" / binary, env=env))
     return count
 
 
