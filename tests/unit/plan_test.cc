@@ -367,6 +367,7 @@ struct SplitProblem {
   std::vector<std::int32_t> cu_q = {0, 3, 4};
   std::vector<std::int32_t> cu_k = {0, 4096, 8192};
   std::vector<std::int32_t> blocks;
+  std::vector<std::byte> row = std::vector<std::byte>(80 * 4);  // of values and of out: planning reads neither
   AttentionInput input;
 
   SplitProblem() {
@@ -380,6 +381,8 @@ struct SplitProblem {
     input.blocks = make_view(static_cast<const std::int32_t*>(blocks.data()), {kHeads, 4, kTopk});
     input.k.dtype = input.v.dtype = DType::kBFloat16;
     input.v.rank = input.out.rank = 3;
+    input.v.data = row.data();
+    input.out.data = row.data();
     input.shape = paper_attention(4, kTopk);
     input.shape.queries = {4, 3};
     input.shape.kv_heads = kHeads;
