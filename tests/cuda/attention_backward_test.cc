@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "src/cuda/attention_backward.cu"
+#include "tests/cuda/fast_support.h"
 #include "tests/cuda/backward_support.h"
 
 namespace msa::cuda {
@@ -18,6 +19,7 @@ using msa::testing::AtOnce;
 using msa::testing::AttentionGradients;
 using msa::testing::AttentionResult;
 using msa::testing::Case;
+using msa::testing::edges;
 using msa::testing::expect_same;
 using msa::testing::expect_same_alone;
 using msa::testing::expect_same_bytes;
@@ -39,9 +41,6 @@ AttentionGradients expect_right(const Problem& problem, const AttentionResult& f
   return msa::testing::expect_right_backward(problem, false, forward, dout, dlse, at_once);
 }
 
-std::vector<Lengths> edges(std::int64_t bk) {
-  return {{1, 1}, {0, 0}, {3, bk - 1}, {0, 5}, {2, bk}, {bk / 4 + 1, bk + 1}, {2, 2 * bk}};
-}
 std::vector<Lengths> prefill(std::int64_t bk) { return {{bk + 3, bk + 3}, {1, 3 * bk + 3}, {bk / 2, 2 * bk + 1}}; }
 
 std::vector<Case> fast_cases() {

@@ -13,6 +13,7 @@
 
 #include "src/cuda/attention_backward.h"
 #include "src/cuda/device.cuh"
+#include "tests/cuda/fast_support.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tolerance.h"
@@ -133,13 +134,6 @@ inline void expect_same_alone(const Problem& problem, bool dense, const Attentio
     expect_same_bytes("dk alone", alone.dk.bytes(0, 0, last_key - first_key), got.dk.bytes(0, first_key, last_key));
     expect_same_bytes("dv alone", alone.dv.bytes(0, 0, last_key - first_key), got.dv.bytes(0, first_key, last_key));
   }
-}
-
-inline std::vector<cuda::emulator::Options> all_options() {
-  using cuda::emulator::BlockOrder;
-  return {{true, BlockOrder::kAscending, false, 1},
-          {true, BlockOrder::kShuffled, true, 2},
-          {false, BlockOrder::kDescending, true, 3}};
 }
 
 }  // namespace msa::testing

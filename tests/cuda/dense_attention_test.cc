@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "src/cuda/dense_attention.cu"
+#include "tests/cuda/fast_support.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tolerance.h"
@@ -18,6 +19,7 @@
 namespace msa::cuda {
 namespace {
 
+using msa::testing::all_options;
 using msa::testing::AttentionResult;
 using msa::testing::Case;
 using msa::testing::copy_of;
@@ -77,13 +79,6 @@ AttentionResult run(DenseAttentionParams params, Spans spans = Spans::kMergedInK
 void expect_same(const AttentionResult& a, const AttentionResult& b) {
   expect_same_bytes("out", a.out, b.out);
   expect_same_bytes("lse", a.lse, b.lse);
-}
-
-std::vector<emulator::Options> all_options() {
-  using emulator::BlockOrder;
-  return {{true, BlockOrder::kAscending, false, 1},
-          {true, BlockOrder::kShuffled, true, 2},
-          {false, BlockOrder::kDescending, true, 3}};
 }
 
 std::vector<Lengths> edges() { return {{1, 1}, {0, 0}, {3, 127}, {0, 5}, {2, 128}, {33, 129}, {2, 256}, {2, 257}}; }

@@ -12,6 +12,7 @@
 
 #include "src/cuda/index_kl.cu"
 #include "src/cuda/sparse_attention.h"
+#include "tests/cuda/fast_support.h"
 #include "tests/cuda/generic_support.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
@@ -20,8 +21,10 @@
 namespace msa::cuda {
 namespace {
 
+using msa::testing::all_options;
 using msa::testing::Case;
 using msa::testing::copy_of;
+using msa::testing::edges;
 using msa::testing::expect_same_bytes;
 using msa::testing::expect_within_rule;
 using msa::testing::KlGradients;
@@ -149,17 +152,6 @@ void expect_within_rule_of_reference(const Problem& problem, bool whole_prefix, 
   const KlGradients naive_grads = msa::testing::naive_kl_backward(problem.kl_params(whole_prefix), grad_output);
   expect_within_rule("dq_idx", got.grads.dq_idx, exact_grads.dq_idx, naive_grads.dq_idx);
   expect_within_rule("dk_idx", got.grads.dk_idx, exact_grads.dk_idx, naive_grads.dk_idx);
-}
-
-std::vector<emulator::Options> all_options() {
-  using emulator::BlockOrder;
-  return {{true, BlockOrder::kAscending, false, 1},
-          {true, BlockOrder::kShuffled, true, 2},
-          {false, BlockOrder::kDescending, true, 3}};
-}
-
-std::vector<Lengths> edges(std::int64_t bk) {
-  return {{1, 1}, {0, 0}, {3, bk - 1}, {0, 5}, {2, bk}, {bk / 4 + 1, bk + 1}, {2, 2 * bk}};
 }
 
 std::vector<Case> fast_cases() {

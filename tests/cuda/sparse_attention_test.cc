@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "src/cuda/sparse_attention.cu"
+#include "tests/cuda/fast_support.h"
 #include "tests/unit/support/problem.h"
 #include "tests/unit/support/targets.h"
 #include "tests/unit/support/tolerance.h"
@@ -17,9 +18,11 @@
 namespace msa::cuda {
 namespace {
 
+using msa::testing::all_options;
 using msa::testing::AttentionResult;
 using msa::testing::Case;
 using msa::testing::copy_of;
+using msa::testing::edges;
 using msa::testing::expect_same_bytes;
 using msa::testing::expect_within_rule;
 using msa::testing::Layout;
@@ -85,16 +88,6 @@ void expect_same(const AttentionResult& a, const AttentionResult& b) {
   expect_same_bytes("lse", a.lse, b.lse);
 }
 
-std::vector<emulator::Options> all_options() {
-  using emulator::BlockOrder;
-  return {{true, BlockOrder::kAscending, false, 1},
-          {true, BlockOrder::kShuffled, true, 2},
-          {false, BlockOrder::kDescending, true, 3}};
-}
-
-std::vector<Lengths> edges(std::int64_t bk) {
-  return {{1, 1}, {0, 0}, {3, bk - 1}, {0, 5}, {2, bk}, {bk / 4 + 1, bk + 1}, {2, 2 * bk}};
-}
 std::vector<Lengths> decode(std::int64_t bk) {
   return {{1, 3 * bk + 3}, {1, 1}, {1, bk}, {1, bk + 1}, {1, 4 * bk - 1}};
 }
