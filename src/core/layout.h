@@ -81,6 +81,17 @@ class KeyRows {
   }
   std::int64_t token_stride_bytes() const { return token_stride_ * element_bytes_; }
 
+  /// out[j] = row(s, position + j, head) for j < count, without asking for every one where it lies.
+  void list(std::int64_t s, std::int64_t position, std::int64_t head, std::int64_t count, const std::byte** out) const {
+    for (std::int64_t j = 0; j < count;) {
+      const std::byte* next = row(s, position + j, head);
+      for (const std::int64_t end = j + std::min(count - j, run_length(position + j)); j < end; ++j) {
+        out[j] = next;
+        next += token_stride_bytes();
+      }
+    }
+  }
+
  private:
   const Batch* batch_;
   const std::byte* data_;

@@ -147,7 +147,7 @@ class ChunkAttention : public ChunkState {
   }
 
   /// Adds block `block` to the rows of members()[0, n). What block follows makes no difference here.
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, const NextBlock& /*next*/) {
     if (n == 0) return;
     load_keys(block, n);
     load_values(n);

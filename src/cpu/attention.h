@@ -38,4 +38,11 @@ void plan_input(const std::string& op, const Context& context, std::int64_t bloc
 /// out 0 and lse -inf in the rows behind the last sequence.
 void clear_padding_rows(const AttentionInput& input);
 
+/// What follows a block: whatever it reads may be asked for while the block is computed.
+struct NextBlock {
+  std::int64_t block = -1;                ///< -1: none
+  const std::uint64_t* visits = nullptr;  ///< [count] of it (sparse_visits.h); null: not known
+  std::int64_t count = 0;
+};
+
 }  // namespace msa::cpu

@@ -19,6 +19,7 @@
 #include "src/cpu/attention_amx.h"
 #include "src/cpu/attention_bf16-inl.h"
 #include "src/cpu/plan.h"
+#include "src/cpu/sparse_visits.h"
 
 #if HWY_TARGET == HWY_AVX3
 
@@ -29,21 +30,24 @@ namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
 /// Keys as AmxVisit reads them; zeros behind the last key up to a whole tile and behind the last dimension.
-inline HWY_ATTR void pack_key_tiles(const core::KeyRows& keys, std::int64_t sequence, std::int64_t head,
-                                    std::int64_t first, std::int64_t count, std::int64_t head_dim, std::uint16_t* out) {
-  const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(keys.dtype()));
+/// Row i + 16 is asked for as row i is read.
+template <bool kIsBf16>
+HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t head_dim,
+                             std::uint16_t* out) {
+  if constexpr (kIsBf16) dtype = DType::kBFloat16;
+  const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(dtype));
   for (std::int64_t j = 0; j < count; j += 16) {
-    const std::byte* row[16];
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
-    for (std::int64_t i = 0; i < here; ++i) row[i] = keys.row(sequence, first + j + i, head);
-    if (j + 16 < count) {
-      for (std::int64_t i = 0; i < 16; ++i) prefetch_ahead(row[i], 16 * keys.token_stride_bytes(), row_bytes);
-    }
+    for (std::int64_t i = j + 16; i < std::min(j + 32, count); ++i) prefetch_ahead(rows[i], 0, row_bytes);
     for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
       const __mmask32 mask = first_of_32(head_dim - d);
       __m512i r[16];
-      for (std::int64_t i = 0; i < 16; ++i) {
-        r[i] = i < here ? load_as_bf16(row[i], keys.dtype(), d, mask) : _mm512_setzero_si512();
+      if (here == 16) {
+        for (std::int64_t i = 0; i < 16; ++i) r[i] = load_as_bf16(rows[j + i], dtype, d, mask);
+      } else {
+        for (std::int64_t i = 0; i < 16; ++i) {
+          r[i] = i < here ? load_as_bf16(rows[j + i], dtype, d, mask) : _mm512_setzero_si512();
+        }
       }
       transpose_words(r, reinterpret_cast<std::uint32_t*>(out), 16);
     }
@@ -51,31 +55,31 @@ inline HWY_ATTR void pack_key_tiles(const core::KeyRows& keys, std::int64_t sequ
 }
 
 /// Values as AmxVisit reads them; zeros behind the last key up to padded_inner. Returns whether all are finite.
-inline HWY_ATTR bool pack_value_tiles(const core::KeyRows& values, std::int64_t sequence, std::int64_t head,
-                                      std::int64_t first, std::int64_t count, std::int64_t value_dim,
-                                      std::uint16_t* out) {
+template <bool kIsBf16>
+HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t value_dim,
+                               std::uint16_t* out) {
+  if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
   const std::int64_t steps = padded_inner(count) / kBf16Inner;
-  const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(values.dtype()));
-  constexpr std::int64_t kAhead = kBf16Inner;  // the next step's keys
-  __mmask32 special = 0;                       // all exponent bits set: infinity or NaN
+  const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(dtype));
+  __m512i largest = _mm512_setzero_si512();  // as words: from 0x7f80 on, infinity or NaN
   for (std::int64_t s = 0; s < steps; ++s) {
+    const std::int64_t first = s * kBf16Inner;
+    for (std::int64_t i = first + kBf16Inner; i < std::min(first + 2 * kBf16Inner, count); ++i) {
+      prefetch_ahead(rows[i], 0, row_bytes);
+    }
     for (std::int64_t t = 0; t < 16; ++t) {
-      const std::int64_t j = s * kBf16Inner + t;
-      const std::byte* lower = j < count ? values.row(sequence, first + j, head) : nullptr;
-      const std::byte* upper = j + 16 < count ? values.row(sequence, first + j + 16, head) : nullptr;
-      if (j + kAhead < count) prefetch_ahead(lower, kAhead * values.token_stride_bytes(), row_bytes);
-      if (j + 16 + kAhead < count) prefetch_ahead(upper, kAhead * values.token_stride_bytes(), row_bytes);
+      const std::int64_t j = first + t;
       std::uint16_t* to = out + s * kTileElements + t * 32;
       for (std::int64_t e = 0; e < value_dim; e += 32, to += 2 * steps * kTileElements) {
         const __mmask32 mask = first_of_32(value_dim - e);
-        const __m512i a = lower != nullptr ? load_as_bf16(lower, values.dtype(), e, mask) : _mm512_setzero_si512();
-        const __m512i b = upper != nullptr ? load_as_bf16(upper, values.dtype(), e, mask) : _mm512_setzero_si512();
-        special |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent) |
-                   _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+        const __m512i a = j < count ? load_as_bf16(rows[j], dtype, e, mask) : _mm512_setzero_si512();
+        const __m512i b = j + 16 < count ? load_as_bf16(rows[j + 16], dtype, e, mask) : _mm512_setzero_si512();
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(a, magnitude));
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(b, magnitude));
         _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
         if (value_dim - e > 16) {
           _mm512_storeu_si512(to + steps * kTileElements, _mm512_permutex2var_epi16(a, high, b));
@@ -83,7 +87,7 @@ inline HWY_ATTR bool pack_value_tiles(const core::KeyRows& values, std::int64_t 
       }
     }
   }
-  return special == 0;
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
 }
 
 /// As ChunkAttention. Rows of the chunk form tiles of sixteen, row r of them in tile r / 16.
@@ -122,20 +126,19 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  /// Adds block `block` to the rows of members()[0, n). `next` is the block that will follow, or -1.
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t next) {
+  /// Adds block `block` to the rows of members()[0, n). What `next` names is asked for meanwhile.
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, const NextBlock& next) {
     if (n == 0) return;
-    const AttentionShape& shape = input_.shape;
     start_block(block, n);
     load_keys();
     const bool finite = load_values(n);
-    next_begin_ = next * shape.block_size;
-    next_keys_ = next < 0 ? 0 : std::min(shape.block_size, position_of(count_ - 1) + 1 - next_begin_);
+    next_ = next;
+    list_ahead(next.block);
     if (!finite && visible_keys(members_[0]) < block_keys_) {
       add_block_one_by_one(n);
       return;
     }
-    const std::int64_t group_size = shape.group_size;
+    const std::int64_t group_size = input_.shape.group_size;
     const std::int64_t first = members_[0] * group_size;
     const std::int64_t end = (members_[n - 1] + 1) * group_size;
     const std::int64_t spanned = (end + 15) / 16 - first / 16;
@@ -145,8 +148,8 @@ class AmxChunkAttention : public ChunkState {
         (finite && members_[n - 1] - members_[0] == n - 1 && spanned <= std::max(needed, std::int64_t{4}))) {
       add_in_place(n, needed, spanned);
     } else {
-      for (std::int64_t r = 0; r < n * group_size; r += 32) {
-        add_staged(r, std::min<std::int64_t>(32, n * group_size - r), n * group_size);
+      for (std::int64_t r = 0; r < n * group_size; r += kStagedRows) {
+        add_staged(r, std::min(kStagedRows, n * group_size - r), n * group_size);
       }
     }
   }
@@ -155,8 +158,8 @@ class AmxChunkAttention : public ChunkState {
     start_block(block, n);
     load_keys();
     const std::int64_t rows = n * input_.shape.group_size;
-    for (std::int64_t r = 0; r < rows; r += 32) {
-      Staged staged(std::min<std::int64_t>(32, rows - r));
+    for (std::int64_t r = 0; r < rows; r += kStagedRows) {
+      Staged staged(std::min(kStagedRows, rows - r));
       stage_queries(r, rows, staged);
       describe(staged.visit);
       score_amx(staged.visit, scores + split_scores_of(r));
@@ -193,13 +196,18 @@ class AmxChunkAttention : public ChunkState {
   }
   float* sum_row(std::int64_t r) const { return sums_ + r / 16 * value_tiles_ * kTileSums + r % 16 * 16; }
   HWY_ATTR void load_keys() {
-    pack_key_tiles(key_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, input_.shape.head_dim, keys_);
+    key_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
+    const DType dtype = key_rows_.dtype();
+    const auto pack = dtype == DType::kBFloat16 ? pack_key_tiles<true> : pack_key_tiles<false>;
+    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_);
   }
   // Returns whether all values are finite.
   HWY_ATTR bool load_values(std::int64_t n) {
     for (std::int64_t m = 0; m < n; ++m) seen_[members_[m]] = 1;
-    return pack_value_tiles(value_rows_, sequence_.index, kv_head_, block_begin_, block_keys_, input_.shape.value_dim,
-                            values_);
+    value_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
+    const DType dtype = value_rows_.dtype();
+    const auto pack = dtype == DType::kBFloat16 ? pack_value_tiles<true> : pack_value_tiles<false>;
+    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_);
   }
   AmxRows tile_of_chunk(std::int64_t tile) const {
     return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,
@@ -235,83 +243,127 @@ class AmxChunkAttention : public ChunkState {
         }
         if (!all) visit.rows[k].visible = visible[k];
       }
-      run(visit, t, tiles);
+      run(visit, tiles - t);
     }
   }
 
-  // Up to 32 of the members' rows, copied into two tiles.
+  // Up to kStagedRows of the members' rows, copied into tiles.
+  static constexpr std::int64_t kStagedRows = 32;
   struct Staged {
-    explicit Staged(std::int64_t rows) { visit.row_tiles = rows > 16 ? 2 : 1; }
+    explicit Staged(std::int64_t rows) { visit.row_tiles = static_cast<int>((rows + 15) / 16); }
     AmxVisit visit;
-    std::int32_t visible[32];
-    alignas(64) float largest[32];
-    alignas(64) float totals[32];
+    std::int32_t visible[kStagedRows];
+    alignas(64) float largest[kStagedRows];
+    alignas(64) float totals[kStagedRows];
   };
+
+  // Calls body(i, query, row of the chunk) for the members' rows first + i, begin <= first + i < end.
+  template <class Body>
+  HWY_ATTR void for_member_rows(std::int64_t first, std::int64_t begin, std::int64_t end, const Body& body) const {
+    const std::int64_t group_size = input_.shape.group_size;
+    std::int64_t m = begin / group_size;
+    std::int64_t h = begin % group_size;
+    for (std::int64_t i = begin - first; i < end - first; ++m, h = 0) {
+      const std::int64_t query = members_[m];
+      for (; h < group_size && i < end - first; ++h, ++i) body(i, query, query * group_size + h);
+    }
+  }
 
   // Queries of the rows from `first` on, up to `end`; zeros behind.
   HWY_ATTR void stage_queries(std::int64_t first, std::int64_t end, Staged& staged) {
-    for (std::int64_t r = 0; r < 16 * staged.visit.row_tiles; ++r) {
-      std::uint16_t* to = staged_queries_[r / 16] + r % 16 * kBf16Inner;
-      const std::uint16_t* from = first + r < end ? query_row(index_of(first + r)) : nullptr;
-      for (std::int64_t t = 0; t < head_steps_; ++t) {
-        _mm512_storeu_si512(to + t * kTileElements,
-                            from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + t * kTileElements));
+    const auto staged_row = [&](std::int64_t i) { return staged_queries_[i / 16] + i % 16 * kBf16Inner; };
+    end = std::min(end, first + kStagedRows);
+    for_member_rows(first, first, end, [&](std::int64_t i, std::int64_t, std::int64_t row) HWY_ATTR {
+      const std::uint16_t* from = query_row(row);
+      std::uint16_t* to = staged_row(i);
+      for (std::int64_t t = 0; t < head_steps_ * kTileElements; t += kTileElements) {
+        _mm512_storeu_si512(to + t, _mm512_loadu_si512(from + t));
+      }
+    });
+    for (std::int64_t i = end - first; i < 16 * staged.visit.row_tiles; ++i) {
+      for (std::int64_t t = 0; t < head_steps_ * kTileElements; t += kTileElements) {
+        _mm512_storeu_si512(staged_row(i) + t, _mm512_setzero_si512());
       }
     }
     for (int k = 0; k < staged.visit.row_tiles; ++k) staged.visit.rows[k].queries = staged_queries_[k];
   }
 
-  // Sums, maxima and totals of the rows from `first` on; of what lies outside [begin, end) the rows see nothing, and
-  // what they hold goes nowhere.
+  // Sums, maxima and totals of the members' rows [begin, end) that are among those from `first` on. What the others
+  // hold goes nowhere: they see what is quickest, and scores of 0.
   HWY_ATTR void stage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, Staged& staged) {
-    for (std::int64_t r = 0; r < 16 * staged.visit.row_tiles; ++r) {
-      float* to = staged_sums_[r / 16] + r % 16 * 16;
-      if (first + r < begin || first + r >= end) {
-        staged.largest[r] = kNegativeInfinity;
-        staged.totals[r] = 0;
-        staged.visible[r] = 0;
-        for (std::int64_t t = 0; t < value_tiles_; ++t) _mm512_storeu_ps(to + t * kTileSums, _mm512_setzero_ps());
-        continue;
+    begin = std::max(begin, first);
+    end = std::min(end, first + kStagedRows);
+    const std::int64_t rows = 16 * staged.visit.row_tiles;
+    std::fill(staged.largest, staged.largest + rows, 0.0f);
+    std::fill(staged.totals, staged.totals + rows, 0.0f);
+    std::fill(staged.visible, staged.visible + rows, static_cast<std::int32_t>(block_keys_));
+    const auto clear = [&](std::int64_t from, std::int64_t to) HWY_ATTR {
+      for (std::int64_t i = from; i < to; ++i) {
+        for (std::int64_t t = 0; t < value_tiles_; ++t)
+          _mm512_storeu_ps(staged_sums(i) + t * kTileSums, _mm512_setzero_ps());
       }
-      const std::int64_t index = index_of(first + r);
-      staged.largest[r] = largest_[index];
-      staged.totals[r] = totals_[index];
-      staged.visible[r] = static_cast<std::int32_t>(visible_keys(query_of(first + r)));
-      const float* from = sum_row(index);
-      for (std::int64_t t = 0; t < value_tiles_; ++t) {
-        _mm512_storeu_ps(to + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
-      }
-    }
+    };
+    clear(0, begin - first);
+    clear(end - first, rows);
+    for_member_rows(first, begin, end, [&](std::int64_t i, std::int64_t query, std::int64_t row) HWY_ATTR {
+      staged.largest[i] = largest_[row];
+      staged.totals[i] = totals_[row];
+      staged.visible[i] = static_cast<std::int32_t>(visible_keys(query));
+      copy_sums(sum_row(row), staged_sums(i));
+    });
     for (int k = 0; k < staged.visit.row_tiles; ++k) {
       bool all = block_keys_ % kBf16Inner == 0;
       for (int r = 0; r < 16; ++r) all = all && staged.visible[16 * k + r] == block_keys_;
-      AmxRows& rows = staged.visit.rows[k];
-      rows.sums = staged_sums_[k];
-      rows.largest = staged.largest + 16 * k;
-      rows.totals = staged.totals + 16 * k;
-      rows.visible = all ? nullptr : staged.visible + 16 * k;
+      staged.visit.rows[k].sums = staged_sums_[k];
+      staged.visit.rows[k].largest = staged.largest + 16 * k;
+      staged.visit.rows[k].totals = staged.totals + 16 * k;
+      staged.visit.rows[k].visible = all ? nullptr : staged.visible + 16 * k;
     }
   }
   HWY_ATTR void unstage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, const Staged& staged) {
-    for (std::int64_t r = std::max<std::int64_t>(0, begin - first); r < std::min<std::int64_t>(32, end - first); ++r) {
-      const std::int64_t index = index_of(first + r);
-      largest_[index] = staged.largest[r];
-      totals_[index] = staged.totals[r];
-      const float* from = staged_sums_[r / 16] + r % 16 * 16;
-      float* to = sum_row(index);
-      for (std::int64_t t = 0; t < value_tiles_; ++t) {
-        _mm512_storeu_ps(to + t * kTileSums, _mm512_loadu_ps(from + t * kTileSums));
-      }
+    for_member_rows(first, std::max(begin, first), std::min(end, first + kStagedRows),
+                    [&](std::int64_t i, std::int64_t, std::int64_t row) HWY_ATTR {
+                      largest_[row] = staged.largest[i];
+                      totals_[row] = staged.totals[i];
+                      copy_sums(staged_sums(i), sum_row(row));
+                    });
+  }
+  float* staged_sums(std::int64_t i) const { return staged_sums_[i / 16] + i % 16 * 16; }
+  HWY_ATTR void copy_sums(const float* from, float* to) const {
+    for (std::int64_t t = 0; t < value_tiles_ * kTileSums; t += kTileSums) {
+      _mm512_storeu_ps(to + t, _mm512_loadu_ps(from + t));
     }
   }
 
-  // Rows [first, first + rows) of the members' rows, copied into two tiles and back.
+  // Rows [first, first + rows) of the members' rows, copied into tiles and back. Those that follow are asked for.
   HWY_ATTR void add_staged(std::int64_t first, std::int64_t rows, std::int64_t all_rows) {
     Staged staged(rows);
     stage_queries(first, first + rows, staged);
     stage_sums(first, first, first + rows, staged);
-    run(staged.visit, first / 16, (all_rows + 15) / 16);
+    ask_rows(first + rows, all_rows);
+    run(staged.visit, (all_rows - first + 15) / 16);
     unstage_sums(first, first, first + rows, staged);
+  }
+
+  // Asks for the queries and sums of what is staged next: members' rows from `first` on, or those of the next block.
+  HWY_ATTR void ask_rows(std::int64_t first, std::int64_t end) const {
+    const std::int64_t group_size = input_.shape.group_size;
+    if (first < end) {
+      for_member_rows(first, first, std::min(end, first + kStagedRows),
+                      [&](std::int64_t, std::int64_t, std::int64_t row) HWY_ATTR { ask_row(row); });
+    } else {
+      const std::int64_t queries = std::min(next_.count, kStagedRows / group_size + 1);
+      for (std::int64_t v = 0; v < queries; ++v) {
+        const std::int64_t row = visit_query(next_.visits[v]) * group_size;
+        for (std::int64_t h = 0; h < std::min(group_size, kStagedRows); ++h) ask_row(row + h);
+      }
+    }
+  }
+  HWY_ATTR void ask_row(std::int64_t row) const {
+    const std::uint16_t* query = query_row(row);
+    for (std::int64_t t = 0; t < head_steps_; ++t) hwy::Prefetch(query + t * kTileElements);
+    const float* sums = sum_row(row);
+    for (std::int64_t t = 0; t < value_tiles_; ++t) hwy::Prefetch(sums + t * kTileSums);
   }
 
   // Where the scores of the members' rows from `first` on lie between the two halves.
@@ -320,8 +372,8 @@ class AmxChunkAttention : public ChunkState {
   }
   // The members' rows [begin, end) of all_rows from their scores on, in the tiles in which they were scored.
   HWY_ATTR void weigh_rows(std::int64_t begin, std::int64_t end, std::int64_t all_rows, const float* scores) {
-    for (std::int64_t first = begin / 32 * 32; first < end; first += 32) {
-      Staged staged(std::min<std::int64_t>(32, all_rows - first));
+    for (std::int64_t first = begin / kStagedRows * kStagedRows; first < end; first += kStagedRows) {
+      Staged staged(std::min(kStagedRows, all_rows - first));
       stage_sums(first, begin, end, staged);
       describe(staged.visit);
       weigh_amx(staged.visit, scores + split_scores_of(first));
@@ -343,8 +395,8 @@ class AmxChunkAttention : public ChunkState {
   HWY_ATTR void add_block_one_by_one(std::int64_t n) {
     const std::int64_t group_size = input_.shape.group_size;
     for_each_member_from_the_last(n, [&](std::int64_t m) HWY_ATTR {
-      for (std::int64_t h = 0; h < group_size; h += 32) {
-        add_staged(m * group_size + h, std::min<std::int64_t>(32, group_size - h), n * group_size);
+      for (std::int64_t h = 0; h < group_size; h += kStagedRows) {
+        add_staged(m * group_size + h, std::min(kStagedRows, group_size - h), n * group_size);
       }
     });
   }
@@ -357,30 +409,32 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  void ask_ahead(const void* first, std::int64_t lines) {
-    // Few lines an entry, so that they spread over the rows.
-    for (std::int64_t at = 0; at < lines && ahead_count_ < kMaxAhead; at += 8) {
-      ahead_[ahead_count_++] = {static_cast<const std::byte*>(first) + 64 * at,
-                                static_cast<std::int32_t>(std::min<std::int64_t>(8, lines - at))};
-    }
+  // Keys and values of the block that follows, as far as the chunk's queries see them.
+  HWY_ATTR void list_ahead(std::int64_t block) {
+    ahead_.clear();
+    if (block < 0) return;
+    const std::int64_t begin = block * input_.shape.block_size;
+    const std::int64_t count = std::min(input_.shape.block_size, position_of(count_ - 1) + 1 - begin);
+    const auto list = [&](const core::KeyRows& rows, std::int64_t dim, std::int64_t from, std::int64_t end) {
+      const std::int64_t row_bytes = dim * static_cast<std::int64_t>(dtype_size(rows.dtype()));
+      rows.list(sequence_.index, begin + from, kv_head_, end - from, rows_);
+      for (std::int64_t j = 0; j < end - from;) {
+        std::int64_t run = 1;
+        while (j + run < end - from && rows_[j + run] == rows_[j] + run * row_bytes) ++run;
+        ahead_.push(rows_[j], run * row_bytes);
+        j += run;
+      }
+    };
+    list(key_rows_, input_.shape.head_dim, 0, count);
+    list(value_rows_, input_.shape.value_dim, 0, count);
   }
 
-  // Tiles [tile, tile + visit.row_tiles) of `tiles`, and the same share of the next block's rows ahead.
-  HWY_ATTR void run(AmxVisit& visit, std::int64_t tile, std::int64_t tiles) {
-    const auto lines_of = [](std::int64_t dim, DType dtype) {
-      return (dim * static_cast<std::int64_t>(dtype_size(dtype)) + 63) / 64;
-    };
-    const std::int64_t key_lines = lines_of(input_.shape.head_dim, input_.k.dtype);
-    const std::int64_t value_lines = lines_of(input_.shape.value_dim, input_.v.dtype);
-    for (std::int64_t j = tile * next_keys_ / tiles; j < (tile + visit.row_tiles) * next_keys_ / tiles; ++j) {
-      ask_ahead(key_rows_.row(sequence_.index, next_begin_ + j, kv_head_), key_lines);
-      ask_ahead(value_rows_.row(sequence_.index, next_begin_ + j, kv_head_), value_lines);
-    }
+  // The next visit.row_tiles of `tiles` that are left, and as large a share of the lines ahead.
+  HWY_ATTR void run(AmxVisit& visit, std::int64_t tiles) {
     describe(visit);
-    visit.ahead = ahead_;
-    visit.ahead_count = ahead_count_;
+    visit.ahead = &ahead_;
+    visit.ahead_lines = ahead_.lines() * visit.row_tiles / tiles;
     attend_amx(visit);
-    ahead_count_ = 0;
   }
 
   void describe(AmxVisit& visit) const {
@@ -394,8 +448,6 @@ class AmxChunkAttention : public ChunkState {
     visit.probabilities = probabilities_;
   }
 
-  static constexpr std::int64_t kMaxAhead = 2 * kMaxBlockSize;  // rows of keys and values, at most eight lines each
-
   std::int64_t head_steps_;
   std::int64_t value_tiles_;
   float scale_;
@@ -406,10 +458,9 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* probabilities_;
   std::uint16_t* staged_queries_[2];
   float* staged_sums_[2];
-  std::int64_t next_begin_ = 0;
-  std::int64_t next_keys_ = 0;
-  AheadLines ahead_[kMaxAhead];
-  std::int64_t ahead_count_ = 0;
+  NextBlock next_;
+  AheadLines ahead_;
+  const std::byte* rows_[kMaxBlockSize];
 };
 
 }  // namespace HWY_NAMESPACE

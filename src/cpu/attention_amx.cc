@@ -237,11 +237,8 @@ MSA_AMX_INLINE bool add_totals(const float* visit_totals, float* totals) {
 }
 
 // A part of the lines to fetch ahead.
-MSA_AMX_INLINE void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t parts) {
-  for (std::int64_t i = part * v.ahead_count / parts; i < (part + 1) * v.ahead_count / parts; ++i) {
-    const auto* line = static_cast<const char*>(v.ahead[i].first);
-    for (std::int32_t l = 0; l < v.ahead[i].count; ++l) _mm_prefetch(line + 64 * l, _MM_HINT_T1);
-  }
+inline void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t parts) {
+  if (v.ahead != nullptr) v.ahead->ask((part + 1) * v.ahead_lines / parts - part * v.ahead_lines / parts);
 }
 
 // First product and probabilities of tiles whose rows see all keys and have references. As long as no score exceeds its

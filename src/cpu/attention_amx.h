@@ -12,28 +12,63 @@ namespace msa::cpu {
 inline constexpr std::int64_t kTileElements = 512;  ///< bf16 elements of a tile: 16 rows of 32
 inline constexpr std::int64_t kTileSums = 256;      ///< float elements of a tile: 16 rows of 16
 
-/// Cache lines to ask for while a visit computes: what the next one reads.
-struct AheadLines {
-  const void* first;
-  std::int32_t count;  ///< consecutive lines
+/// Runs of cache lines that the next visits read, asked for a few at a time while this one computes: many at once would
+/// wait for the 16 requests that a core can have on their way.
+class AheadLines {
+ public:
+  void clear() { count_ = at_ = lines_ = 0; }
+  /// What has no room is not asked for.
+  void push(const std::byte* first, std::int64_t bytes) {
+    if (count_ == kMostRuns || bytes <= 0) return;
+    const auto address = reinterpret_cast<std::uintptr_t>(first);
+    const auto lines =
+        static_cast<std::int64_t>((address + static_cast<std::uintptr_t>(bytes) + 63) / 64 - address / 64);
+    runs_[count_++] = {first, lines};
+    lines_ += lines;
+  }
+  /// How many have not been asked for.
+  std::int64_t lines() const { return lines_; }
+  void ask(std::int64_t lines) {
+    lines = lines < lines_ ? lines : lines_;
+    lines_ -= lines;
+    while (lines > 0) {
+      Run& run = runs_[at_];
+      const std::int64_t here = lines < run.lines ? lines : run.lines;
+      for (std::int64_t l = 0; l < here; ++l) __builtin_prefetch(run.first + 64 * l, 0, 2);  // into the second level
+      run.first += 64 * here;
+      run.lines -= here;
+      lines -= here;
+      if (run.lines == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kMostRuns = 512;  // rows of keys and values of a block, each for itself
+  struct Run {
+    const std::byte* first;
+    std::int64_t lines;
+  };
+  Run runs_[kMostRuns];
+  std::int64_t count_ = 0;
+  std::int64_t at_ = 0;
+  std::int64_t lines_ = 0;
 };
 
 /// Sixteen rows of a chunk.
 struct AmxRows {
-  const std::uint16_t* queries = nullptr;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
-  float* sums = nullptr;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
-  float* largest = nullptr;  ///< [16], in and out: a large score * scale, if not always the largest; -inf at first
-  float* totals = nullptr;   ///< [16], in and out: running sums of e^(score * scale - largest)
-  const std::int32_t* visible =
-      nullptr;  ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
+  const std::uint16_t* queries;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
+  float* sums;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
+  float* largest;                ///< [16], in and out: a large score * scale, if not always the largest; -inf at first
+  float* totals;                 ///< [16], in and out: running sums of e^(score * scale - largest)
+  const std::int32_t* visible;   ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
 };
 
 /// Tiles of rows a visit takes at most: few enough for their probabilities to stay in the L2 cache.
 inline constexpr int kMaxRowTiles = 16;
 
 struct AmxVisit {
-  int row_tiles = 0;  ///< 1 to kMaxRowTiles
-  AmxRows rows[kMaxRowTiles];
+  int row_tiles = 0;                       ///< 1 to kMaxRowTiles
+  AmxRows rows[kMaxRowTiles];              ///< [row_tiles]
   const std::uint16_t* keys = nullptr;     ///< tiles [key_tiles][head_steps]: dims d, d + 1 of key j at [d / 2 % 16][j]
   const std::uint16_t* values = nullptr;   ///< tiles [value_tiles][key_steps]: keys j, j + 16 of 32 at [j][e]
   std::int64_t head_steps = 0;             ///< tiles of 32 dimensions
@@ -42,8 +77,8 @@ struct AmxVisit {
   float scale = 1;                         ///< of the scores; positive
   float* scores = nullptr;                 ///< scratch: round_up(key_tiles, 4) tiles of sums
   std::uint16_t* probabilities = nullptr;  ///< scratch: kMaxRowTiles * round_up(key_tiles, 2) / 2 tiles
-  const AheadLines* ahead = nullptr;
-  std::int64_t ahead_count = 0;
+  AheadLines* ahead = nullptr;             ///< in and out: `ahead_lines` of them are asked for
+  std::int64_t ahead_lines = 0;
 };
 
 /// Adds the block to the rows. What a row becomes depends on the row, the keys it sees and their order alone. Values

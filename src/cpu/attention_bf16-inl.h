@@ -201,7 +201,7 @@ class Bf16ChunkAttention : public ChunkState {
     }
   }
 
-  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, std::int64_t /*next*/) {
+  HWY_ATTR void add_block(std::int64_t block, std::int64_t n, const NextBlock& /*next*/) {
     if (n == 0) return;
     load_keys(block, n);
     weigh_members(n, [&](std::int64_t first, std::int64_t rows) HWY_ATTR {

@@ -27,7 +27,9 @@ HWY_ATTR void attend_densely_with(const AttentionInput& input, const QueryChunk&
     while (attention.position_of(first) < b * block_size) ++first;
     const std::int64_t n = attention.count() - first;
     std::iota(attention.members(), attention.members() + n, static_cast<std::int32_t>(first));
-    attention.add_block(b, n, b + 1 < blocks ? b + 1 : -1);
+    NextBlock next;
+    if (b + 1 < blocks) next.block = b + 1;
+    attention.add_block(b, n, next);
   }
   attention.write();
 }

@@ -27,7 +27,7 @@ HWY_ATTR void attend_sparsely_with(const AttentionInput& input, const QueryChunk
   auto* visits = reinterpret_cast<std::uint64_t*>(scratch + input.layout.visits);
   const std::int64_t count = sort_visits(input, chunk, kv_head, visits);
   for_each_block(visits, count,
-                 [&](std::int64_t block, std::int64_t first, std::int64_t last, std::int64_t next) HWY_ATTR {
+                 [&](std::int64_t block, std::int64_t first, std::int64_t last, const NextBlock& next) HWY_ATTR {
                    for (std::int64_t v = first; v < last; ++v) attention.members()[v - first] = visit_query(visits[v]);
                    attention.add_block(block, last - first, next);
                  });

@@ -58,16 +58,24 @@ inline std::int64_t sort_visits(const AttentionInput& input, const QueryChunk& c
   return count;
 }
 
-/// Calls body(block, first, last, next) for every block in turn: visits [first, last) are its, and `next` is the block
-/// that follows, or -1.
+/// The visits from `first` on that are to the same block end here.
+inline std::int64_t end_of_block(const std::uint64_t* visits, std::int64_t first, std::int64_t count) {
+  std::int64_t last = first;
+  while (last < count && visit_block(visits[last]) == visit_block(visits[first])) ++last;
+  return last;
+}
+
+/// Calls body(block, first, last, next) for every block in turn: visits [first, last) are its.
 template <class Body>
 void for_each_block(const std::uint64_t* visits, std::int64_t count, const Body& body) {
-  for (std::int64_t first = 0; first < count;) {
-    const std::int64_t block = visit_block(visits[first]);
-    std::int64_t last = first;
-    while (last < count && visit_block(visits[last]) == block) ++last;
-    body(block, first, last, last < count ? visit_block(visits[last]) : -1);
+  std::int64_t first = 0;
+  for (std::int64_t last = end_of_block(visits, first, count); first < count;) {
+    const std::int64_t end = end_of_block(visits, last, count);
+    NextBlock next;
+    if (last < end) next = {visit_block(visits[last]), visits + last, end - last};
+    body(visit_block(visits[first]), first, last, next);
     first = last;
+    last = end;
   }
 }
 

@@ -26,7 +26,7 @@ void add_item(const AttentionInput& input, const ChunkTask& task, SplitWork& wor
   std::vector<std::uint64_t> visits(
       static_cast<std::size_t>(visit_room(task.chunk.end - task.chunk.begin, input.shape.topk)));
   const std::int64_t count = sort_visits(input, task.chunk, task.head, visits.data());
-  for_each_block(visits.data(), count, [&](std::int64_t block, std::int64_t first, std::int64_t last, std::int64_t) {
+  for_each_block(visits.data(), count, [&](std::int64_t block, std::int64_t first, std::int64_t last, const NextBlock&) {
     work.blocks.push_back({block, static_cast<std::int64_t>(work.members.size()), last - first, work.score_floats});
     for (std::int64_t v = first; v < last; ++v) {
       work.members.push_back(visit_query(visits[static_cast<std::size_t>(v)]));
