@@ -90,6 +90,28 @@ HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::i
   return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
 }
 
+/// Rows in tiles: a row's lines lie a tile apart.
+inline constexpr std::int64_t kTileBytes = 1024;
+template <class T>
+HWY_INLINE T* row_in_tiles(T* tiles, std::int64_t r, std::int64_t tiles_a_row) {
+  constexpr std::int64_t kSize = sizeof(T);
+  return tiles + ((r >> 4) * tiles_a_row * kTileBytes + (r & 15) * 64) / kSize;
+}
+inline HWY_ATTR void copy_lines(const void* from, void* to, std::int64_t lines) {
+  for (std::int64_t at = 0; at < lines * kTileBytes; at += kTileBytes) {
+    _mm512_storeu_si512(static_cast<char*>(to) + at, _mm512_loadu_si512(static_cast<const char*>(from) + at));
+  }
+}
+inline HWY_ATTR void clear_lines(void* to, std::int64_t lines) {
+  for (std::int64_t at = 0; at < lines * kTileBytes; at += kTileBytes) {
+    _mm512_storeu_si512(static_cast<char*>(to) + at, _mm512_setzero_si512());
+  }
+}
+inline void ask_lines(const void* from, std::int64_t lines) {
+  for (std::int64_t at = 0; at < lines * kTileBytes; at += kTileBytes)
+    _mm_prefetch(static_cast<const char*>(from) + at, _MM_HINT_T0);
+}
+
 /// As ChunkAttention. Rows of the chunk form tiles of sixteen, row r of them in tile r / 16.
 class AmxChunkAttention : public ChunkState {
  public:
@@ -102,12 +124,9 @@ class AmxChunkAttention : public ChunkState {
         keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
         values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
         scores_(scratch + input.layout.scores),
-        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)) {
-    for (int t = 0; t < 2; ++t) {
-      staged_queries_[t] =
-          reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries) + t * head_steps_ * kTileElements;
-      staged_sums_[t] = scratch + input.layout.staged_sums + t * value_tiles_ * kTileSums;
-    }
+        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)),
+        staged_queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries)),
+        staged_sums_(scratch + input.layout.staged_sums) {
     const std::int64_t group_size = input.shape.group_size;
     const std::int64_t rows = count_ * group_size;
     const std::int64_t padded_rows = padded_columns(rows);
@@ -191,10 +210,8 @@ class AmxChunkAttention : public ChunkState {
   }
 
  private:
-  std::uint16_t* query_row(std::int64_t r) const {
-    return queries_ + r / 16 * head_steps_ * kTileElements + r % 16 * kBf16Inner;
-  }
-  float* sum_row(std::int64_t r) const { return sums_ + r / 16 * value_tiles_ * kTileSums + r % 16 * 16; }
+  std::uint16_t* query_row(std::int64_t r) const { return row_in_tiles(queries_, r, head_steps_); }
+  float* sum_row(std::int64_t r) const { return row_in_tiles(sums_, r, value_tiles_); }
   HWY_ATTR void load_keys() {
     key_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = key_rows_.dtype();
@@ -257,82 +274,75 @@ class AmxChunkAttention : public ChunkState {
     alignas(64) float totals[kStagedRows];
   };
 
-  // Calls body(i, query, row of the chunk) for the members' rows first + i, begin <= first + i < end.
+  // Calls body(i, row of the chunk) for the members' rows first + i, begin <= first + i < end.
   template <class Body>
   HWY_ATTR void for_member_rows(std::int64_t first, std::int64_t begin, std::int64_t end, const Body& body) const {
     const std::int64_t group_size = input_.shape.group_size;
     std::int64_t m = begin / group_size;
     std::int64_t h = begin % group_size;
     for (std::int64_t i = begin - first; i < end - first; ++m, h = 0) {
-      const std::int64_t query = members_[m];
-      for (; h < group_size && i < end - first; ++h, ++i) body(i, query, query * group_size + h);
+      const std::int64_t row = members_[m] * group_size;
+      for (; h < group_size && i < end - first; ++h, ++i) body(i, row + h);
     }
   }
 
   // Queries of the rows from `first` on, up to `end`; zeros behind.
   HWY_ATTR void stage_queries(std::int64_t first, std::int64_t end, Staged& staged) {
-    const auto staged_row = [&](std::int64_t i) { return staged_queries_[i / 16] + i % 16 * kBf16Inner; };
+    const std::int64_t lines = head_steps_;
     end = std::min(end, first + kStagedRows);
-    for_member_rows(first, first, end, [&](std::int64_t i, std::int64_t, std::int64_t row) HWY_ATTR {
-      const std::uint16_t* from = query_row(row);
-      std::uint16_t* to = staged_row(i);
-      for (std::int64_t t = 0; t < head_steps_ * kTileElements; t += kTileElements) {
-        _mm512_storeu_si512(to + t, _mm512_loadu_si512(from + t));
-      }
+    for_member_rows(first, first, end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
+      copy_lines(query_row(row), row_in_tiles(staged_queries_, i, lines), lines);
     });
     for (std::int64_t i = end - first; i < 16 * staged.visit.row_tiles; ++i) {
-      for (std::int64_t t = 0; t < head_steps_ * kTileElements; t += kTileElements) {
-        _mm512_storeu_si512(staged_row(i) + t, _mm512_setzero_si512());
-      }
+      clear_lines(row_in_tiles(staged_queries_, i, lines), lines);
     }
-    for (int k = 0; k < staged.visit.row_tiles; ++k) staged.visit.rows[k].queries = staged_queries_[k];
+    for (int k = 0; k < staged.visit.row_tiles; ++k) {
+      staged.visit.rows[k].queries = row_in_tiles(staged_queries_, 16 * k, lines);
+    }
   }
 
-  // Sums, maxima and totals of the members' rows [begin, end) that are among those from `first` on. What the others
-  // hold goes nowhere: they see what is quickest, and scores of 0.
+  // Sums, maxima and totals of the members' rows [begin, end) that are among those from `first` on. The other rows
+  // see what is quickest, since what they hold goes nowhere.
   HWY_ATTR void stage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, Staged& staged) {
+    const std::int64_t lines = value_tiles_;
+    const std::int64_t rows = 16 * staged.visit.row_tiles;
     begin = std::max(begin, first);
     end = std::min(end, first + kStagedRows);
-    const std::int64_t rows = 16 * staged.visit.row_tiles;
-    std::fill(staged.largest, staged.largest + rows, 0.0f);
-    std::fill(staged.totals, staged.totals + rows, 0.0f);
-    std::fill(staged.visible, staged.visible + rows, static_cast<std::int32_t>(block_keys_));
-    const auto clear = [&](std::int64_t from, std::int64_t to) HWY_ATTR {
-      for (std::int64_t i = from; i < to; ++i) {
-        for (std::int64_t t = 0; t < value_tiles_; ++t)
-          _mm512_storeu_ps(staged_sums(i) + t * kTileSums, _mm512_setzero_ps());
-      }
-    };
-    clear(0, begin - first);
-    clear(end - first, rows);
-    for_member_rows(first, begin, end, [&](std::int64_t i, std::int64_t query, std::int64_t row) HWY_ATTR {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (i >= begin - first && i < end - first) continue;
+      staged.largest[i] = staged.totals[i] = 0;
+      clear_lines(row_in_tiles(staged_sums_, i, lines), lines);
+    }
+    for_member_rows(first, begin, end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
       staged.largest[i] = largest_[row];
       staged.totals[i] = totals_[row];
-      staged.visible[i] = static_cast<std::int32_t>(visible_keys(query));
-      copy_sums(sum_row(row), staged_sums(i));
+      copy_lines(sum_row(row), row_in_tiles(staged_sums_, i, lines), lines);
     });
+    // Members and positions ascend: when the first sees the whole block, all do.
+    const std::int64_t group_size = input_.shape.group_size;
+    const bool all = block_keys_ % kBf16Inner == 0 && visible_keys(members_[begin / group_size]) == block_keys_;
+    if (!all) {
+      std::fill(staged.visible, staged.visible + rows, static_cast<std::int32_t>(block_keys_));
+      for (std::int64_t r = begin; r < end; ++r) {
+        staged.visible[r - first] = static_cast<std::int32_t>(visible_keys(members_[r / group_size]));
+      }
+    }
     for (int k = 0; k < staged.visit.row_tiles; ++k) {
-      bool all = block_keys_ % kBf16Inner == 0;
-      for (int r = 0; r < 16; ++r) all = all && staged.visible[16 * k + r] == block_keys_;
-      staged.visit.rows[k].sums = staged_sums_[k];
-      staged.visit.rows[k].largest = staged.largest + 16 * k;
-      staged.visit.rows[k].totals = staged.totals + 16 * k;
-      staged.visit.rows[k].visible = all ? nullptr : staged.visible + 16 * k;
+      AmxRows& tile = staged.visit.rows[k];
+      tile.sums = row_in_tiles(staged_sums_, 16 * k, lines);
+      tile.largest = staged.largest + 16 * k;
+      tile.totals = staged.totals + 16 * k;
+      tile.visible = all ? nullptr : staged.visible + 16 * k;
     }
   }
   HWY_ATTR void unstage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, const Staged& staged) {
+    const std::int64_t lines = value_tiles_;
     for_member_rows(first, std::max(begin, first), std::min(end, first + kStagedRows),
-                    [&](std::int64_t i, std::int64_t, std::int64_t row) HWY_ATTR {
+                    [&](std::int64_t i, std::int64_t row) HWY_ATTR {
                       largest_[row] = staged.largest[i];
                       totals_[row] = staged.totals[i];
-                      copy_sums(staged_sums(i), sum_row(row));
+                      copy_lines(row_in_tiles(staged_sums_, i, lines), sum_row(row), lines);
                     });
-  }
-  float* staged_sums(std::int64_t i) const { return staged_sums_[i / 16] + i % 16 * 16; }
-  HWY_ATTR void copy_sums(const float* from, float* to) const {
-    for (std::int64_t t = 0; t < value_tiles_ * kTileSums; t += kTileSums) {
-      _mm512_storeu_ps(to + t, _mm512_loadu_ps(from + t));
-    }
   }
 
   // Rows [first, first + rows) of the members' rows, copied into tiles and back. Those that follow are asked for.
@@ -347,23 +357,21 @@ class AmxChunkAttention : public ChunkState {
 
   // Asks for the queries and sums of what is staged next: members' rows from `first` on, or those of the next block.
   HWY_ATTR void ask_rows(std::int64_t first, std::int64_t end) const {
-    const std::int64_t group_size = input_.shape.group_size;
+    const auto ask = [&](std::int64_t row) {
+      ask_lines(query_row(row), head_steps_);
+      ask_lines(sum_row(row), value_tiles_);
+    };
     if (first < end) {
       for_member_rows(first, first, std::min(end, first + kStagedRows),
-                      [&](std::int64_t, std::int64_t, std::int64_t row) HWY_ATTR { ask_row(row); });
-    } else {
-      const std::int64_t queries = std::min(next_.count, kStagedRows / group_size + 1);
-      for (std::int64_t v = 0; v < queries; ++v) {
-        const std::int64_t row = visit_query(next_.visits[v]) * group_size;
-        for (std::int64_t h = 0; h < std::min(group_size, kStagedRows); ++h) ask_row(row + h);
-      }
+                      [&](std::int64_t, std::int64_t row) HWY_ATTR { ask(row); });
+      return;
     }
-  }
-  HWY_ATTR void ask_row(std::int64_t row) const {
-    const std::uint16_t* query = query_row(row);
-    for (std::int64_t t = 0; t < head_steps_; ++t) hwy::Prefetch(query + t * kTileElements);
-    const float* sums = sum_row(row);
-    for (std::int64_t t = 0; t < value_tiles_; ++t) hwy::Prefetch(sums + t * kTileSums);
+    const std::int64_t group_size = input_.shape.group_size;
+    std::int64_t left = kStagedRows;
+    for (std::int64_t v = 0; v < next_.count && left > 0; ++v) {
+      const std::int64_t row = visit_query(next_.visits[v]) * group_size;
+      for (std::int64_t h = 0; h < group_size && left > 0; ++h, --left) ask(row + h);
+    }
   }
 
   // Where the scores of the members' rows from `first` on lie between the two halves.
@@ -415,18 +423,22 @@ class AmxChunkAttention : public ChunkState {
     if (block < 0) return;
     const std::int64_t begin = block * input_.shape.block_size;
     const std::int64_t count = std::min(input_.shape.block_size, position_of(count_ - 1) + 1 - begin);
-    const auto list = [&](const core::KeyRows& rows, std::int64_t dim, std::int64_t from, std::int64_t end) {
-      const std::int64_t row_bytes = dim * static_cast<std::int64_t>(dtype_size(rows.dtype()));
-      rows.list(sequence_.index, begin + from, kv_head_, end - from, rows_);
-      for (std::int64_t j = 0; j < end - from;) {
-        std::int64_t run = 1;
-        while (j + run < end - from && rows_[j + run] == rows_[j] + run * row_bytes) ++run;
-        ahead_.push(rows_[j], run * row_bytes);
-        j += run;
+    list_ahead(key_rows_, input_.shape.head_dim, begin, count);
+    list_ahead(value_rows_, input_.shape.value_dim, begin, count);
+  }
+  HWY_ATTR void list_ahead(const core::KeyRows& rows, std::int64_t dim, std::int64_t begin, std::int64_t count) {
+    const std::int64_t row_bytes = dim * static_cast<std::int64_t>(dtype_size(rows.dtype()));
+    const std::int64_t stride = rows.token_stride_bytes();
+    for (std::int64_t j = 0; j < count;) {
+      const std::int64_t run = std::min(count - j, rows.run_length(begin + j));
+      const std::byte* first = rows.row(sequence_.index, begin + j, kv_head_);
+      if (stride == row_bytes) {
+        ahead_.push(first, run * row_bytes);
+      } else {
+        for (std::int64_t i = 0; i < run; ++i) ahead_.push(first + i * stride, row_bytes);
       }
-    };
-    list(key_rows_, input_.shape.head_dim, 0, count);
-    list(value_rows_, input_.shape.value_dim, 0, count);
+      j += run;
+    }
   }
 
   // The next visit.row_tiles of `tiles` that are left, and as large a share of the lines ahead.
@@ -456,8 +468,8 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* values_;
   float* scores_;
   std::uint16_t* probabilities_;
-  std::uint16_t* staged_queries_[2];
-  float* staged_sums_[2];
+  std::uint16_t* staged_queries_;
+  float* staged_sums_;
   NextBlock next_;
   AheadLines ahead_;
   const std::byte* rows_[kMaxBlockSize];

@@ -209,11 +209,12 @@ struct ScorePair {
   const float* second;
   const float* shifts;  // of the rows: reference * log2(e)
   float* totals;        // [16][16], a row's sums lane by lane
-  std::uint16_t* out;
+  std::uint16_t* out;  // null: no pair
 };
 
 template <int kRow, int kCount>
 MSA_AMX_INLINE void fused_probabilities(ScorePair pair, __m512 scale) {
+  if (pair.out == nullptr) return;
 #pragma GCC unroll 16
   for (int r = kRow; r < kRow + kCount; ++r) {
     const __m512 shift = _mm512_set1_ps(pair.shifts[r]);
@@ -236,28 +237,46 @@ MSA_AMX_INLINE bool add_totals(const float* visit_totals, float* totals) {
   return true;
 }
 
-// A part of the lines to fetch ahead.
-inline void ask_ahead(const AmxVisit& v, std::int64_t part, std::int64_t parts) {
-  if (v.ahead != nullptr) v.ahead->ask((part + 1) * v.ahead_lines / parts - part * v.ahead_lines / parts);
-}
+// Steps of a visit: a tile of scores and a tile of weighted sums.
+constexpr std::int64_t kScoreUnits = 4;
+constexpr std::int64_t kValueUnits = 2;
+
+// The lines that a visit asks for ahead, spread over its steps: what a step asks for at once waits for the 16 requests
+// that a core can have on their way, and all else with it.
+class AheadPace {
+ public:
+  explicit AheadPace(const AmxVisit& v) : lines_(v.ahead) {
+    const std::int64_t steps = v.row_tiles * (kScoreUnits * v.key_tiles + kValueUnits * v.value_tiles);
+    if (lines_ != nullptr) rate_ = ((v.ahead_lines << kShift) + steps - 1) / steps;
+  }
+  MSA_AMX_INLINE void step(std::int64_t steps = 1) {
+    credit_ += rate_ * steps;
+    if (credit_ >> kShift == 0) return;
+    lines_->ask(credit_ >> kShift);
+    credit_ &= (std::int64_t{1} << kShift) - 1;
+  }
+
+ private:
+  static constexpr int kShift = 16;
+  AheadLines* lines_;
+  std::int64_t rate_ = 0;  // lines a step, in 2^-kShift
+  std::int64_t credit_ = 0;
+};
 
 // First product and probabilities of tiles whose rows see all keys and have references. As long as no score exceeds its
 // row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so a pair of score tiles
 // becomes probabilities amid the products of the next pair, be it of the same rows or of the next ones. `holds[i]`:
 // whether that was so for tiles[i].
 template <int kSteps>
-MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int count, bool* holds) {
+MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int count, AheadPace& pace, bool* holds) {
   const __m512 scale = _mm512_set1_ps(v.scale * kLog2E);
   const std::int64_t pairs = v.key_tiles / 2;
   constexpr int kRows = 8 / kSteps;  // of probabilities, a step
-  alignas(64) float shifts[2][16] = {};
+  alignas(64) float shifts[2][16];
   alignas(64) float totals[2][16 * 16];
   float* ring[2] = {v.scores, v.scores + 2 * kTileSums};
   const auto out_of = [&](int i, std::int64_t t) { return v.probabilities + (tiles[i] * pairs + t) * kTileElements; };
-  // What the first turn finds at hand is no one's, and is written over.
-  std::fill(ring[1], ring[1] + 2 * kTileSums, 0.0f);
-  clear_rows(totals[0]);
-  ScorePair pair = {ring[1], ring[1] + kTileSums, shifts[0], totals[0], out_of(0, 0)};
+  ScorePair pair = {};  // the first turn finds none at hand
   const std::uint16_t* rows = v.rows[tiles[0]].queries;
   load_rows<kSteps>(rows);
   zero_sums<1>();
@@ -274,35 +293,42 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
       multiply_step<0, 0>(keys);
       store_sums<1>(ring[1] + kTileSums);
       fused_probabilities<0, kRows>(pair, scale);
+      pace.step(kScoreUnits / kSteps);
       multiply_step<1, 0>(keys);
       fused_probabilities<kRows, kRows>(pair, scale);
+      pace.step(kScoreUnits / kSteps);
       if constexpr (kSteps == 4) {
         multiply_step<2, 0>(keys);
         fused_probabilities<2 * kRows, kRows>(pair, scale);
+        pace.step(kScoreUnits / kSteps);
         multiply_step<3, 0>(keys);
         fused_probabilities<3 * kRows, kRows>(pair, scale);
+        pace.step(kScoreUnits / kSteps);
       }
       const std::uint16_t* second = keys + kSteps * kTileElements;
       zero_sums<1>();
       multiply_step<0, 1>(second);
       if (is_last) load_row_tile<0>(next);
       fused_probabilities<8, kRows>(pair, scale);
+      pace.step(kScoreUnits / kSteps);
       multiply_step<1, 1>(second);
       if (is_last) load_row_tile<1>(next);
       store_sums<0>(now);
       fused_probabilities<8 + kRows, kRows>(pair, scale);
+      pace.step(kScoreUnits / kSteps);
       if constexpr (kSteps == 4) {
         multiply_step<2, 1>(second);
         if (is_last) load_row_tile<2>(next);
         fused_probabilities<8 + 2 * kRows, kRows>(pair, scale);
+        pace.step(kScoreUnits / kSteps);
         multiply_step<3, 1>(second);
         if (is_last) load_row_tile<3>(next);
         fused_probabilities<8 + 3 * kRows, kRows>(pair, scale);
+        pace.step(kScoreUnits / kSteps);
       }
       const std::int64_t lines = kSteps * 16;
       for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l)
         _mm_prefetch(next + 32 * l, _MM_HINT_T0);
-      ask_ahead(v, tiles[i] * pairs + t, v.row_tiles * pairs);
       if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]].totals);  // the rows before
       pair = {now, now + kTileSums, shifts[mine], totals[mine], out_of(i, t)};
       std::swap(ring[0], ring[1]);
@@ -422,7 +448,7 @@ MSA_AMX_TARGET void score_any_rows(const AmxVisit& v, const AmxRows& rows, std::
 
 template <int kSteps>
 MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std::uint16_t* probabilities,
-                               std::int64_t any_steps) {
+                               std::int64_t any_steps, AheadPace& pace) {
   const TileProduct p = {probabilities, v.values, kSteps == 0 ? any_steps : kSteps};
   const auto column_sums = [&](std::int64_t column) { return rows.sums + column * kTileSums; };
   load_rows<kSteps>(p.rows);
@@ -432,10 +458,12 @@ MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std
     multiply_column<kSteps, 0>(p, column, [&]() MSA_AMX_TARGET {
       if (column > 0) store_sums<1>(column_sums(column - 1));
       load_sums<1>(column_sums(column + 1));
+      pace.step(kValueUnits);
     });
     multiply_column<kSteps, 1>(p, column + 1, [&]() MSA_AMX_TARGET {
       store_sums<0>(column_sums(column));
       if (column + 2 < v.value_tiles) load_sums<0>(column_sums(column + 2));
+      pace.step(kValueUnits);
     });
   }
   if (column > 0) store_sums<1>(column_sums(column - 1));
@@ -446,24 +474,24 @@ MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std
 }
 
 template <int kKeySteps>
-MSA_AMX_TARGET void add_values(const AmxVisit& v) {
+MSA_AMX_TARGET void add_values(const AmxVisit& v, AheadPace& pace) {
   const std::int64_t key_steps = (v.key_tiles + 1) / 2;
   for (int t = 0; t < v.row_tiles; ++t) {
-    add_values<kKeySteps>(v, v.rows[t], v.probabilities + t * key_steps * kTileElements, key_steps);
+    add_values<kKeySteps>(v, v.rows[t], v.probabilities + t * key_steps * kTileElements, key_steps, pace);
   }
 }
 
-void add_values_of(const AmxVisit& v) {
+void add_values_of(const AmxVisit& v, AheadPace& pace) {
   switch (v.key_tiles) {
-    case 4: return add_values<2>(v);
-    case 8: return add_values<4>(v);
-    default: return add_values<0>(v);
+    case 4: return add_values<2>(v, pace);
+    case 8: return add_values<4>(v, pace);
+    default: return add_values<0>(v, pace);
   }
 }
 
 // First product and probabilities of all rows.
 template <int kSteps>
-MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v) {
+MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v, AheadPace& pace) {
   const auto probabilities_of = [&](int t) { return v.probabilities + t * ((v.key_tiles + 1) / 2) * kTileElements; };
   int known[kMaxRowTiles];
   int known_count = 0;
@@ -474,13 +502,13 @@ MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v) {
     if (is_known) {
       known[known_count++] = t;
     } else {
-      ask_ahead(v, t, v.row_tiles);
+      pace.step(kScoreUnits * v.key_tiles);
       score_any_rows<kSteps>(v, rows, probabilities_of(t));
     }
   }
   if constexpr (kSteps != 0) {
     bool holds[kMaxRowTiles];
-    if (known_count > 0) score_known_rows<kSteps>(v, known, known_count, holds);
+    if (known_count > 0) score_known_rows<kSteps>(v, known, known_count, pace, holds);
     for (int i = 0; i < known_count; ++i) {
       if (!holds[i]) score_any_rows<kSteps>(v, v.rows[known[i]], probabilities_of(known[i]));
     }
@@ -490,12 +518,13 @@ MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v) {
 }  // namespace
 
 void attend_amx(const AmxVisit& visit) {
+  AheadPace pace(visit);
   switch (visit.head_steps) {
-    case 2: score_and_weigh<2>(visit); break;
-    case 4: score_and_weigh<4>(visit); break;
-    default: score_and_weigh<0>(visit);
+    case 2: score_and_weigh<2>(visit, pace); break;
+    case 4: score_and_weigh<4>(visit, pace); break;
+    default: score_and_weigh<0>(visit, pace);
   }
-  add_values_of(visit);
+  add_values_of(visit, pace);
 }
 
 void score_amx(const AmxVisit& visit, float* scores) {
@@ -514,7 +543,8 @@ void weigh_amx(const AmxVisit& visit, const float* scores) {
   for (int t = 0; t < visit.row_tiles; ++t) {
     weigh_rows(visit, visit.rows[t], scores + t * floats, visit.probabilities + t * elements);
   }
-  add_values_of(visit);
+  AheadPace none(visit);
+  add_values_of(visit, none);
 }
 
 }  // namespace msa::cpu
