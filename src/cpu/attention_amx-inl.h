@@ -33,10 +33,11 @@ namespace HWY_NAMESPACE {
 /// Row i + 16 is asked for as row i is read.
 template <bool kIsBf16>
 HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t head_dim,
-                             std::uint16_t* out) {
+                             std::uint16_t* out, float* scratch) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(dtype));
   for (std::int64_t j = 0; j < count; j += 16) {
+    if (j % kBf16Inner == 0) keep_tiles_awake(scratch);
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = j + 16; i < std::min(j + 32, count); ++i) prefetch_ahead(rows[i], 0, row_bytes);
     for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
@@ -57,7 +58,7 @@ HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int
 /// Values as AmxVisit reads them; zeros behind the last key up to padded_inner. Returns whether all are finite.
 template <bool kIsBf16>
 HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t value_dim,
-                               std::uint16_t* out) {
+                               std::uint16_t* out, float* scratch) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -67,6 +68,7 @@ HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::i
   const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(dtype));
   __m512i largest = _mm512_setzero_si512();  // as words: from 0x7f80 on, infinity or NaN
   for (std::int64_t s = 0; s < steps; ++s) {
+    keep_tiles_awake(scratch);
     const std::int64_t first = s * kBf16Inner;
     for (std::int64_t i = first + kBf16Inner; i < std::min(first + 2 * kBf16Inner, count); ++i) {
       prefetch_ahead(rows[i], 0, row_bytes);
@@ -124,9 +126,12 @@ class AmxChunkAttention : public ChunkState {
         keys_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.keys)),
         values_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.values)),
         scores_(scratch + input.layout.scores),
-        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)),
-        staged_queries_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries)),
-        staged_sums_(scratch + input.layout.staged_sums) {
+        probabilities_(reinterpret_cast<std::uint16_t*>(scratch + input.layout.probabilities)) {
+    for (std::int64_t t = 0; t < 2; ++t) {
+      staged_[t].queries = row_in_tiles(reinterpret_cast<std::uint16_t*>(scratch + input.layout.staged_queries),
+                                        t * kStagedRows, head_steps_);
+      staged_[t].sums = row_in_tiles(scratch + input.layout.staged_sums, t * kStagedRows, value_tiles_);
+    }
     const std::int64_t group_size = input.shape.group_size;
     const std::int64_t rows = count_ * group_size;
     const std::int64_t padded_rows = padded_columns(rows);
@@ -149,27 +154,23 @@ class AmxChunkAttention : public ChunkState {
   HWY_ATTR void add_block(std::int64_t block, std::int64_t n, const NextBlock& next) {
     if (n == 0) return;
     start_block(block, n);
+    next_ = next;
+    const std::int64_t rows = n * input_.shape.group_size;
+    const bool has_whole_tiles = input_.shape.group_size % 16 == 0;
+    const bool lies_together = has_whole_tiles || fill_few_tiles(n);
+    // Before the block is prepared, so that what is stored has arrived by the time it is read.
+    if (!lies_together) stage(0, rows, staged_[0]);
     load_keys();
     const bool finite = load_values(n);
-    next_ = next;
     list_ahead(next.block);
     if (!finite && visible_keys(members_[0]) < block_keys_) {
       add_block_one_by_one(n);
-      return;
-    }
-    const std::int64_t group_size = input_.shape.group_size;
-    const std::int64_t first = members_[0] * group_size;
-    const std::int64_t end = (members_[n - 1] + 1) * group_size;
-    const std::int64_t spanned = (end + 15) / 16 - first / 16;
-    const std::int64_t needed = (n * group_size + 15) / 16;
-    // A tile in place may hold rows of queries that take no part, whose 0 must not meet what is not finite.
-    if (group_size % 16 == 0 ||
-        (finite && members_[n - 1] - members_[0] == n - 1 && spanned <= std::max(needed, std::int64_t{4}))) {
-      add_in_place(n, needed, spanned);
+    } else if (has_whole_tiles || (lies_together && finite)) {
+      // A tile in place may hold rows of queries that take no part, whose 0 must not meet what is not finite.
+      add_in_place(n);
     } else {
-      for (std::int64_t r = 0; r < n * group_size; r += kStagedRows) {
-        add_staged(r, std::min(kStagedRows, n * group_size - r), n * group_size);
-      }
+      if (lies_together) stage(0, rows, staged_[0]);
+      add_staged(rows);
     }
   }
 
@@ -178,10 +179,10 @@ class AmxChunkAttention : public ChunkState {
     load_keys();
     const std::int64_t rows = n * input_.shape.group_size;
     for (std::int64_t r = 0; r < rows; r += kStagedRows) {
-      Staged staged(std::min(kStagedRows, rows - r));
-      stage_queries(r, rows, staged);
-      describe(staged.visit);
-      score_amx(staged.visit, scores + split_scores_of(r));
+      staged_[0].start(r, rows);
+      stage_queries(staged_[0]);
+      describe(staged_[0].visit);
+      score_amx(staged_[0].visit, scores + split_scores_of(r));
     }
   }
   HWY_ATTR void weigh_block(std::int64_t block, std::int64_t n, const float* scores) {
@@ -216,7 +217,7 @@ class AmxChunkAttention : public ChunkState {
     key_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = key_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_key_tiles<true> : pack_key_tiles<false>;
-    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_);
+    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_, scores_);
   }
   // Returns whether all values are finite.
   HWY_ATTR bool load_values(std::int64_t n) {
@@ -224,18 +225,29 @@ class AmxChunkAttention : public ChunkState {
     value_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = value_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_value_tiles<true> : pack_value_tiles<false>;
-    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_);
+    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_, scores_);
   }
   AmxRows tile_of_chunk(std::int64_t tile) const {
     return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,
             largest_ + tile * 16, totals_ + tile * 16, nullptr};
   }
 
+  // Tiles of the chunk that hold rows of the members.
+  std::int64_t tiles_spanned(std::int64_t n) const {
+    const std::int64_t group_size = input_.shape.group_size;
+    return ((members_[n - 1] + 1) * group_size + 15) / 16 - members_[0] * group_size / 16;
+  }
+  // Whether the members are neighbours and their tiles hardly more than they would fill.
+  bool fill_few_tiles(std::int64_t n) const {
+    const std::int64_t needed = (n * input_.shape.group_size + 15) / 16;
+    return members_[n - 1] - members_[0] == n - 1 && tiles_spanned(n) <= std::max(needed, std::int64_t{4});
+  }
+
   // Tiles of the chunk's own memory: all rows of each belong to members, or see nothing of the block.
-  HWY_ATTR void add_in_place(std::int64_t n, std::int64_t needed, std::int64_t spanned) {
+  HWY_ATTR void add_in_place(std::int64_t n) {
     const std::int64_t group_size = input_.shape.group_size;
     const bool whole_groups = group_size % 16 == 0;
-    const std::int64_t tiles = whole_groups ? needed : spanned;
+    const std::int64_t tiles = whole_groups ? n * group_size / 16 : tiles_spanned(n);
     const std::int64_t tiles_a_group = whole_groups ? group_size / 16 : 1;
     const std::int64_t first_tile = members_[0] * group_size / 16;
     const auto tile_at = [&](std::int64_t t) {
@@ -264,10 +276,17 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  // Up to kStagedRows of the members' rows, copied into tiles.
-  static constexpr std::int64_t kStagedRows = 32;
+  // Up to kStagedRows of the members' rows, from `first` on, copied into tiles.
   struct Staged {
-    explicit Staged(std::int64_t rows) { visit.row_tiles = static_cast<int>((rows + 15) / 16); }
+    void start(std::int64_t first_row, std::int64_t rows_end) {
+      first = first_row;
+      end = std::min(first + kStagedRows, rows_end);
+      visit.row_tiles = static_cast<int>((end - first + 15) / 16);
+    }
+    std::uint16_t* queries;
+    float* sums;
+    std::int64_t first;
+    std::int64_t end;
     AmxVisit visit;
     std::int32_t visible[kStagedRows];
     alignas(64) float largest[kStagedRows];
@@ -286,37 +305,35 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  // Queries of the rows from `first` on, up to `end`; zeros behind.
-  HWY_ATTR void stage_queries(std::int64_t first, std::int64_t end, Staged& staged) {
+  // Zeros behind the last row.
+  HWY_ATTR void stage_queries(Staged& staged) {
     const std::int64_t lines = head_steps_;
-    end = std::min(end, first + kStagedRows);
-    for_member_rows(first, first, end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
-      copy_lines(query_row(row), row_in_tiles(staged_queries_, i, lines), lines);
+    for_member_rows(staged.first, staged.first, staged.end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
+      copy_lines(query_row(row), row_in_tiles(staged.queries, i, lines), lines);
     });
-    for (std::int64_t i = end - first; i < 16 * staged.visit.row_tiles; ++i) {
-      clear_lines(row_in_tiles(staged_queries_, i, lines), lines);
+    for (std::int64_t i = staged.end - staged.first; i < 16 * staged.visit.row_tiles; ++i) {
+      clear_lines(row_in_tiles(staged.queries, i, lines), lines);
     }
     for (int k = 0; k < staged.visit.row_tiles; ++k) {
-      staged.visit.rows[k].queries = row_in_tiles(staged_queries_, 16 * k, lines);
+      staged.visit.rows[k].queries = row_in_tiles(staged.queries, 16 * k, lines);
     }
   }
 
-  // Sums, maxima and totals of the members' rows [begin, end) that are among those from `first` on. The other rows
-  // see what is quickest, since what they hold goes nowhere.
-  HWY_ATTR void stage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, Staged& staged) {
+  // Sums, maxima and totals of the members' rows [begin, end). The other rows see what is quickest, since what they
+  // hold goes nowhere.
+  HWY_ATTR void stage_sums(std::int64_t begin, std::int64_t end, Staged& staged) {
     const std::int64_t lines = value_tiles_;
+    const std::int64_t first = staged.first;
     const std::int64_t rows = 16 * staged.visit.row_tiles;
-    begin = std::max(begin, first);
-    end = std::min(end, first + kStagedRows);
     for (std::int64_t i = 0; i < rows; ++i) {
       if (i >= begin - first && i < end - first) continue;
       staged.largest[i] = staged.totals[i] = 0;
-      clear_lines(row_in_tiles(staged_sums_, i, lines), lines);
+      clear_lines(row_in_tiles(staged.sums, i, lines), lines);
     }
     for_member_rows(first, begin, end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
       staged.largest[i] = largest_[row];
       staged.totals[i] = totals_[row];
-      copy_lines(sum_row(row), row_in_tiles(staged_sums_, i, lines), lines);
+      copy_lines(sum_row(row), row_in_tiles(staged.sums, i, lines), lines);
     });
     // Members and positions ascend: when the first sees the whole block, all do.
     const std::int64_t group_size = input_.shape.group_size;
@@ -329,48 +346,52 @@ class AmxChunkAttention : public ChunkState {
     }
     for (int k = 0; k < staged.visit.row_tiles; ++k) {
       AmxRows& tile = staged.visit.rows[k];
-      tile.sums = row_in_tiles(staged_sums_, 16 * k, lines);
+      tile.sums = row_in_tiles(staged.sums, 16 * k, lines);
       tile.largest = staged.largest + 16 * k;
       tile.totals = staged.totals + 16 * k;
       tile.visible = all ? nullptr : staged.visible + 16 * k;
     }
   }
-  HWY_ATTR void unstage_sums(std::int64_t first, std::int64_t begin, std::int64_t end, const Staged& staged) {
+  HWY_ATTR void unstage_sums(std::int64_t begin, std::int64_t end, const Staged& staged) {
     const std::int64_t lines = value_tiles_;
-    for_member_rows(first, std::max(begin, first), std::min(end, first + kStagedRows),
-                    [&](std::int64_t i, std::int64_t row) HWY_ATTR {
-                      largest_[row] = staged.largest[i];
-                      totals_[row] = staged.totals[i];
-                      copy_lines(row_in_tiles(staged_sums_, i, lines), sum_row(row), lines);
-                    });
+    for_member_rows(staged.first, begin, end, [&](std::int64_t i, std::int64_t row) HWY_ATTR {
+      largest_[row] = staged.largest[i];
+      totals_[row] = staged.totals[i];
+      copy_lines(row_in_tiles(staged.sums, i, lines), sum_row(row), lines);
+    });
   }
 
-  // Rows [first, first + rows) of the members' rows, copied into tiles and back. Those that follow are asked for.
-  HWY_ATTR void add_staged(std::int64_t first, std::int64_t rows, std::int64_t all_rows) {
-    Staged staged(rows);
-    stage_queries(first, first + rows, staged);
-    stage_sums(first, first, first + rows, staged);
-    ask_rows(first + rows, all_rows);
-    run(staged.visit, (all_rows - first + 15) / 16);
-    unstage_sums(first, first, first + rows, staged);
+  // The members' rows from `first` up to `end`, as many as fit.
+  HWY_ATTR void stage(std::int64_t first, std::int64_t end, Staged& staged) {
+    staged.start(first, end);
+    stage_queries(staged);
+    stage_sums(staged.first, staged.end, staged);
   }
 
-  // Asks for the queries and sums of what is staged next: members' rows from `first` on, or those of the next block.
-  HWY_ATTR void ask_rows(std::int64_t first, std::int64_t end) const {
-    const auto ask = [&](std::int64_t row) {
-      ask_lines(query_row(row), head_steps_);
-      ask_lines(sum_row(row), value_tiles_);
-    };
-    if (first < end) {
-      for_member_rows(first, first, std::min(end, first + kStagedRows),
-                      [&](std::int64_t, std::int64_t row) HWY_ATTR { ask(row); });
-      return;
+  // All of the members' rows, of which the first are staged. Those that follow are staged, or asked for, before.
+  HWY_ATTR void add_staged(std::int64_t rows) {
+    for (std::int64_t first = 0, turn = 0; first < rows; first += kStagedRows, turn = 1 - turn) {
+      Staged& staged = staged_[turn];
+      if (staged.end < rows) {
+        stage(staged.end, rows, staged_[1 - turn]);
+      } else {
+        ask_next_rows();
+      }
+      run(staged.visit, (rows - first + 15) / 16);
+      unstage_sums(staged.first, staged.end, staged);
     }
+  }
+
+  // Asks for the queries and sums of the rows that are staged first in the next block.
+  HWY_ATTR void ask_next_rows() const {
     const std::int64_t group_size = input_.shape.group_size;
     std::int64_t left = kStagedRows;
     for (std::int64_t v = 0; v < next_.count && left > 0; ++v) {
       const std::int64_t row = visit_query(next_.visits[v]) * group_size;
-      for (std::int64_t h = 0; h < group_size && left > 0; ++h, --left) ask(row + h);
+      for (std::int64_t h = 0; h < group_size && left > 0; ++h, --left) {
+        ask_lines(query_row(row + h), head_steps_);
+        ask_lines(sum_row(row + h), value_tiles_);
+      }
     }
   }
 
@@ -381,11 +402,14 @@ class AmxChunkAttention : public ChunkState {
   // The members' rows [begin, end) of all_rows from their scores on, in the tiles in which they were scored.
   HWY_ATTR void weigh_rows(std::int64_t begin, std::int64_t end, std::int64_t all_rows, const float* scores) {
     for (std::int64_t first = begin / kStagedRows * kStagedRows; first < end; first += kStagedRows) {
-      Staged staged(std::min(kStagedRows, all_rows - first));
-      stage_sums(first, begin, end, staged);
+      Staged& staged = staged_[0];
+      staged.start(first, all_rows);
+      const std::int64_t from = std::max(begin, first);
+      const std::int64_t to = std::min(end, staged.end);
+      stage_sums(from, to, staged);
       describe(staged.visit);
       weigh_amx(staged.visit, scores + split_scores_of(first));
-      unstage_sums(first, begin, end, staged);
+      unstage_sums(from, to, staged);
     }
   }
 
@@ -403,8 +427,11 @@ class AmxChunkAttention : public ChunkState {
   HWY_ATTR void add_block_one_by_one(std::int64_t n) {
     const std::int64_t group_size = input_.shape.group_size;
     for_each_member_from_the_last(n, [&](std::int64_t m) HWY_ATTR {
-      for (std::int64_t h = 0; h < group_size; h += kStagedRows) {
-        add_staged(m * group_size + h, std::min(kStagedRows, group_size - h), n * group_size);
+      const std::int64_t end = (m + 1) * group_size;
+      for (std::int64_t first = m * group_size; first < end; first += kStagedRows) {
+        stage(first, end, staged_[0]);
+        run(staged_[0].visit, n * group_size);
+        unstage_sums(first, staged_[0].end, staged_[0]);
       }
     });
   }
@@ -468,8 +495,7 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* values_;
   float* scores_;
   std::uint16_t* probabilities_;
-  std::uint16_t* staged_queries_;
-  float* staged_sums_;
+  Staged staged_[2];
   NextBlock next_;
   AheadLines ahead_;
   const std::byte* rows_[kMaxBlockSize];

@@ -66,6 +66,9 @@ struct AmxRows {
 /// Tiles of rows a visit takes at most: few enough for their probabilities to stay in the L2 cache.
 inline constexpr int kMaxRowTiles = 16;
 
+/// Rows of few-headed groups that are copied into tiles together.
+inline constexpr std::int64_t kStagedRows = 32;
+
 struct AmxVisit {
   int row_tiles = 0;                       ///< 1 to kMaxRowTiles
   AmxRows rows[kMaxRowTiles];              ///< [row_tiles]
@@ -93,5 +96,9 @@ void weigh_amx(const AmxVisit& visit, const float* scores);
 inline std::int64_t amx_score_floats(int row_tiles, std::int64_t key_tiles) {
   return row_tiles * ((key_tiles + 1) / 2 * 2) * kTileSums;
 }
+
+/// To be called every 1,000 cycles or so while a block is prepared: after 2,000 without any, the next tile product and
+/// the next tile store take 900 cycles, until their units are awake again (docs/attention.md). Writes a tile of scratch.
+void keep_tiles_awake(float* scratch);
 
 }  // namespace msa::cpu

@@ -83,8 +83,8 @@ AttentionLayout lay_out_attention(const AttentionShape& shape, std::int64_t chun
     layout.values = cursor.take(floats_for(keys * shape.value_dim, 2));
     layout.scores = cursor.take(16 * ((keys + 63) / 64 * 64));
     layout.probabilities = cursor.take(floats_for(kMaxRowTiles * 16 * keys, 2));
-    layout.staged_queries = cursor.take(floats_for(32 * inner, 2));
-    layout.staged_sums = cursor.take(32 * shape.value_dim);
+    layout.staged_queries = cursor.take(floats_for(2 * kStagedRows * inner, 2));
+    layout.staged_sums = cursor.take(2 * kStagedRows * shape.value_dim);
   } else if (shape.has_bf16_dots) {
     layout.keys = cursor.take(floats_for(inner / 2 * padded_pair_stride(shape.block_size), 2));
     layout.values =

@@ -84,8 +84,8 @@ struct AttentionLayout {
   std::int64_t products = 0;  ///< with bf16 dot products: [kBf16Rows, padded_stride(value_dim)]
   std::int64_t probabilities =
       0;  ///< with bf16 dot products: bf16 [kBf16Rows, ...], in AMX tiles [16 kMaxRowTiles, padded_inner(block_size)]
-  std::int64_t staged_queries = 0;  ///< in AMX tiles: bf16 [32, padded_inner(head_dim)]
-  std::int64_t staged_sums = 0;     ///< in AMX tiles: [32, value_dim]
+  std::int64_t staged_queries = 0;  ///< in AMX tiles: bf16 [2 kStagedRows, padded_inner(head_dim)]
+  std::int64_t staged_sums = 0;     ///< in AMX tiles: [2 kStagedRows, value_dim]
   std::int64_t visits = 0;          ///< uint64 [visit_room(chunk, topk)], (block, query) pairs of a sparse chunk
   std::int64_t members = 0;         ///< int32 [chunk], the queries that take part in a block
   std::int64_t seen = 0;            ///< int32 [chunk], whether a query had any block
