@@ -103,9 +103,9 @@ TEST(SparseAttentionRules, LargeLogitsDoNotOverflow) {
   });
 }
 
-// Keys of block b score `per_block` * b higher, beside their noise: what was summed first is far too small, or what
+// Keys of block b score `first` + `per_block` * b, beside their noise: what was summed first is far too small, or what
 // comes last too small to count.
-Problem problem_with_steps(double per_block) {
+Problem problem_with_steps(double per_block, double first = 0) {
   Problem problem(Case{{16, 1, 64, 64, 16, 64, 4}, {{70, 256}}, DType::kBFloat16});
   Random random(11);
   std::uniform_real_distribution<double> around(0.25, 0.75);
@@ -117,7 +117,7 @@ Problem problem_with_steps(double per_block) {
   problem.k.fill_normal(random, 0.5);
   for (std::int64_t t = 0; t < 256; ++t) {
     // 64 dimensions of about 0.5, scale 1/8: a step of 1 in all of them is about 4 in the score.
-    const double step = per_block / 4 * static_cast<double>(t / 64);
+    const double step = (first + per_block * static_cast<double>(t / 64)) / 4;
     for (std::int64_t d = 0; d < 64; ++d) problem.k.set(problem.k.at(t, 0, d) + step, t, 0, d);
   }
   return problem;
@@ -134,6 +134,25 @@ TEST(SparseAttentionRules, ScoresMayRiseAndFallFromBlockToBlock) {
       expect_within_rule("out", got.out, exact.out, naive.out);
       expect_within_rule("lse", got.lse, exact.lse, naive.lse);
     });
+  }
+}
+
+// A kernel may take what a row's first scores lie near for granted: here they lie near 0, at the edges of that, and far
+// off, and later ones come back.
+TEST(SparseAttentionRules, FirstScoresMayLieAnywhere) {
+  for (const double first : {-300.0, -80.0, -14.0, -12.0, -9.0, 9.0, 11.0, 12.5, 40.0, 300.0}) {
+    for (const double per_block : {0.0, -first / 2}) {
+      SCOPED_TRACE(first);
+      SCOPED_TRACE(per_block);
+      const Problem problem = problem_with_steps(per_block, first);
+      const AttentionResult exact = run_sparse(reference_context(), problem.as_float32().sparse_params());
+      const AttentionResult naive = naive_attention(problem.sparse_params());
+      for_each_target(Targets::kCpu, [&](const Context& context) {
+        const AttentionResult got = run_sparse(context, problem.sparse_params());
+        expect_within_rule("out", got.out, exact.out, naive.out);
+        expect_within_rule("lse", got.lse, exact.lse, naive.lse);
+      });
+    }
   }
 }
 
