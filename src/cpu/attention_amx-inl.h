@@ -33,11 +33,11 @@ namespace HWY_NAMESPACE {
 /// Row i + 16 is asked for as row i is read.
 template <bool kIsBf16>
 HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t head_dim,
-                             std::uint16_t* out, float* scratch) {
+                             std::uint16_t* out) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(dtype));
   for (std::int64_t j = 0; j < count; j += 16) {
-    if (j % kBf16Inner == 0) keep_tiles_awake(scratch);
+    if (j % kBf16Inner == 0) keep_tiles_awake();
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = j + 16; i < std::min(j + 32, count); ++i) prefetch_ahead(rows[i], 0, row_bytes);
     for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
@@ -58,7 +58,7 @@ HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int
 /// Values as AmxVisit reads them; zeros behind the last key up to padded_inner. Returns whether all are finite.
 template <bool kIsBf16>
 HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t value_dim,
-                               std::uint16_t* out, float* scratch) {
+                               std::uint16_t* out) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -68,7 +68,7 @@ HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::i
   const std::int64_t row_bytes = value_dim * static_cast<std::int64_t>(dtype_size(dtype));
   __m512i largest = _mm512_setzero_si512();  // as words: from 0x7f80 on, infinity or NaN
   for (std::int64_t s = 0; s < steps; ++s) {
-    keep_tiles_awake(scratch);
+    keep_tiles_awake();
     const std::int64_t first = s * kBf16Inner;
     for (std::int64_t i = first + kBf16Inner; i < std::min(first + 2 * kBf16Inner, count); ++i) {
       prefetch_ahead(rows[i], 0, row_bytes);
@@ -217,7 +217,7 @@ class AmxChunkAttention : public ChunkState {
     key_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = key_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_key_tiles<true> : pack_key_tiles<false>;
-    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_, scores_);
+    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_);
   }
   // Returns whether all values are finite.
   HWY_ATTR bool load_values(std::int64_t n) {
@@ -225,7 +225,7 @@ class AmxChunkAttention : public ChunkState {
     value_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = value_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_value_tiles<true> : pack_value_tiles<false>;
-    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_, scores_);
+    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_);
   }
   AmxRows tile_of_chunk(std::int64_t tile) const {
     return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,

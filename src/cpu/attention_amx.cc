@@ -548,14 +548,6 @@ void attend_amx(const AmxVisit& visit) {
   add_values_of(visit, pace);
 }
 
-MSA_AMX_TARGET void keep_tiles_awake(float* scratch) {
-  _tile_zero(0);
-  _tile_zero(2);
-  _tile_zero(4);
-  _tile_dpbf16ps(0, 2, 4);
-  _tile_stored(0, scratch, 64);
-}
-
 void score_amx(const AmxVisit& visit, float* scores) {
   for (int t = 0; t < visit.row_tiles; ++t, scores += amx_score_floats(1, visit.key_tiles)) {
     switch (visit.head_steps) {

@@ -97,8 +97,4 @@ inline std::int64_t amx_score_floats(int row_tiles, std::int64_t key_tiles) {
   return row_tiles * ((key_tiles + 1) / 2 * 2) * kTileSums;
 }
 
-/// To be called every 1,000 cycles or so while a block is prepared: after 2,000 without any, the next tile product and
-/// the next tile store take 900 cycles, until their units are awake again (docs/attention.md). Writes a tile of scratch.
-void keep_tiles_awake(float* scratch);
-
 }  // namespace msa::cpu
