@@ -497,7 +497,7 @@ class AmxChunkAttention : public ChunkState {
   std::uint16_t* probabilities_;
   Staged staged_[2];
   NextBlock next_;
-  AheadLines ahead_;
+  PrefetchQueue ahead_;
   const std::byte* rows_[kMaxBlockSize];
 };
 

@@ -273,7 +273,7 @@ class AheadPace {
 
  private:
   static constexpr int kShift = 16;
-  AheadLines* lines_;
+  PrefetchQueue* lines_;
   std::int64_t rate_ = 0;  // lines a step, in 2^-kShift
   std::int64_t credit_ = 0;
 };

@@ -7,52 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "src/cpu/prefetch_queue.h"
+
 namespace msa::cpu {
 
 inline constexpr std::int64_t kTileElements = 512;  ///< bf16 elements of a tile: 16 rows of 32
 inline constexpr std::int64_t kTileSums = 256;      ///< float elements of a tile: 16 rows of 16
-
-/// Runs of cache lines that the next visits read, asked for a few at a time while this one computes: many at once would
-/// wait for the 16 requests that a core can have on their way.
-class AheadLines {
- public:
-  void clear() { count_ = at_ = lines_ = 0; }
-  /// What has no room is not asked for.
-  void push(const std::byte* first, std::int64_t bytes) {
-    if (count_ == kMostRuns || bytes <= 0) return;
-    const auto address = reinterpret_cast<std::uintptr_t>(first);
-    const auto lines =
-        static_cast<std::int64_t>((address + static_cast<std::uintptr_t>(bytes) + 63) / 64 - address / 64);
-    runs_[count_++] = {first, lines};
-    lines_ += lines;
-  }
-  /// How many have not been asked for.
-  std::int64_t lines() const { return lines_; }
-  void ask(std::int64_t lines) {
-    lines = lines < lines_ ? lines : lines_;
-    lines_ -= lines;
-    while (lines > 0) {
-      Run& run = runs_[at_];
-      const std::int64_t here = lines < run.lines ? lines : run.lines;
-      for (std::int64_t l = 0; l < here; ++l) __builtin_prefetch(run.first + 64 * l, 0, 2);  // into the second level
-      run.first += 64 * here;
-      run.lines -= here;
-      lines -= here;
-      if (run.lines == 0) ++at_;
-    }
-  }
-
- private:
-  static constexpr std::int64_t kMostRuns = 512;  // rows of keys and values of a block, each for itself
-  struct Run {
-    const std::byte* first;
-    std::int64_t lines;
-  };
-  Run runs_[kMostRuns];
-  std::int64_t count_ = 0;
-  std::int64_t at_ = 0;
-  std::int64_t lines_ = 0;
-};
 
 /// Sixteen rows of a chunk.
 struct AmxRows {
@@ -80,7 +40,7 @@ struct AmxVisit {
   float scale = 1;                         ///< of the scores; positive
   float* scores = nullptr;                 ///< scratch: round_up(key_tiles, 4) tiles of sums
   std::uint16_t* probabilities = nullptr;  ///< scratch: kMaxRowTiles * round_up(key_tiles, 2) / 2 tiles
-  AheadLines* ahead = nullptr;             ///< in and out: `ahead_lines` of them are asked for
+  PrefetchQueue* ahead = nullptr;          ///< in and out: `ahead_lines` of them are asked for
   std::int64_t ahead_lines = 0;
 };
 
