@@ -262,6 +262,7 @@ class Bf16ChunkBackward {
     multiply_rows(problem_.multiply_bf16, rows, columns, value_inner_, out_grads_ + first * value_inner_, value_inner_,
                   values_t_, key_pair_stride_, grads_, score_stride_);
     for (std::int64_t r = 0; r < kBf16Rows; r += 2) {
+      if (r % 8 == 0 && problem_.needs_amx_tiles) keep_tiles_awake();
       Row pair[2];
       for (std::int64_t i = 0; i < 2; ++i) {
         const bool is_row = r + i < rows;
