@@ -61,112 +61,140 @@ class Ahead {
   std::int64_t step_;
 };
 
-// The largest sums of a group of rows, block after block.
+// The largest sums of each block and of every `step`th group of rows, in the order in which they are multiplied: all
+// blocks of a group, then those of the next.
 class Largest {
  public:
-  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride)
-      : best_(nothing()), out_(out), stride_(stride), tiles_(blocks.key_count / kTileKeys), left_(tiles_) {}
+  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride, std::int64_t step)
+      : best_(nothing()),
+        out_(out),
+        stride_(stride),
+        to_next_group_(step * kBf16GroupRows - blocks.count * stride),
+        tiles_(blocks.key_count / kTileKeys),
+        tiles_left_(tiles_),
+        blocks_(blocks.count),
+        blocks_left_(blocks_) {}
   // The next tile of sums. The last one of a block writes what it had.
   MSA_AMX_TARGET void add(const Sums& sums) {
     best_ = tile_max(sums, best_);
-    if (--left_ > 0) return;
+    if (--tiles_left_ > 0) return;
     _mm512_storeu_ps(out_, best_);
-    out_ += stride_;
-    left_ = tiles_;
     best_ = nothing();
+    tiles_left_ = tiles_;
+    out_ += stride_;
+    if (--blocks_left_ > 0) return;
+    blocks_left_ = blocks_;
+    out_ += to_next_group_;
   }
 
  private:
   __m512 best_;
   float* out_;
   std::int64_t stride_;
+  std::int64_t to_next_group_;
   std::int64_t tiles_;
-  std::int64_t left_;
+  std::int64_t tiles_left_;
+  std::int64_t blocks_;
+  std::int64_t blocks_left_;
 };
 
-// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one
-// before is stored, and the one before that, which memory has by then, reduced.
-MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
-                                      Largest largest) {
-  alignas(64) Sums even;
-  alignas(64) Sums odd;
+MSA_AMX_TARGET inline void load_four_row_tiles(const std::uint16_t* rows) {
   _tile_loadd(4, rows, 64);
   _tile_loadd(5, rows + kRowTile, 64);
   _tile_loadd(6, rows + 2 * kRowTile, 64);
   _tile_loadd(7, rows + 3 * kRowTile, 64);
+}
+
+// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one
+// before is stored, and the one before that, which memory has by then, reduced; also across groups, so that the tile
+// unit does not idle where one ends.
+MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
+                                      Ahead& ahead, Largest largest) {
+  alignas(64) Sums even;
+  alignas(64) Sums odd;
   const std::int64_t stride = blocks.stride * 2;
-  const std::int64_t tiles = blocks.count * blocks.key_count / kTileKeys;
-  const std::uint16_t* key = blocks.keys;
-  for (std::int64_t t = 0; t < tiles; ++t, key += kTileKeys * blocks.stride) {
-    ahead.ask();
-    if (t % 2 == 0) {
-      _tile_zero(0);
-      _tile_loadd(2, key, stride);
-      _tile_dpbf16ps(0, 2, 4);
-      _tile_loadd(3, key + kTileInner, stride);
-      _tile_dpbf16ps(0, 3, 5);
-      if (t > 0) _tile_stored(1, odd, 64);
-      if (t > 1) largest.add(even);
-      _tile_loadd(2, key + 2 * kTileInner, stride);
-      _tile_dpbf16ps(0, 2, 6);
-      _tile_loadd(3, key + 3 * kTileInner, stride);
-      _tile_dpbf16ps(0, 3, 7);
-    } else {
-      _tile_zero(1);
-      _tile_loadd(2, key, stride);
-      _tile_dpbf16ps(1, 2, 4);
-      _tile_loadd(3, key + kTileInner, stride);
-      _tile_dpbf16ps(1, 3, 5);
-      _tile_stored(0, even, 64);
-      if (t > 1) largest.add(odd);
-      _tile_loadd(2, key + 2 * kTileInner, stride);
-      _tile_dpbf16ps(1, 2, 6);
-      _tile_loadd(3, key + 3 * kTileInner, stride);
-      _tile_dpbf16ps(1, 3, 7);
+  const std::int64_t keys = blocks.count * blocks.key_count;
+  std::int64_t tile = 0;
+  for (std::int64_t g = 0; g < groups; ++g, rows += 4 * kRowTile) {
+    load_four_row_tiles(rows);
+    const std::uint16_t* key = blocks.keys;
+    for (std::int64_t j = 0; j < keys; j += kTileKeys, key += kTileKeys * blocks.stride, ++tile) {
+      ahead.ask();
+      if (tile % 2 == 0) {
+        _tile_zero(0);
+        _tile_loadd(2, key, stride);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_loadd(3, key + kTileInner, stride);
+        _tile_dpbf16ps(0, 3, 5);
+        if (tile > 0) _tile_stored(1, odd, 64);
+        if (tile > 1) largest.add(even);
+        _tile_loadd(2, key + 2 * kTileInner, stride);
+        _tile_dpbf16ps(0, 2, 6);
+        _tile_loadd(3, key + 3 * kTileInner, stride);
+        _tile_dpbf16ps(0, 3, 7);
+      } else {
+        _tile_zero(1);
+        _tile_loadd(2, key, stride);
+        _tile_dpbf16ps(1, 2, 4);
+        _tile_loadd(3, key + kTileInner, stride);
+        _tile_dpbf16ps(1, 3, 5);
+        _tile_stored(0, even, 64);
+        if (tile > 1) largest.add(odd);
+        _tile_loadd(2, key + 2 * kTileInner, stride);
+        _tile_dpbf16ps(1, 2, 6);
+        _tile_loadd(3, key + 3 * kTileInner, stride);
+        _tile_dpbf16ps(1, 3, 7);
+      }
     }
   }
-  if (tiles % 2 == 0) {
+  if (tile % 2 == 0) {
     _tile_stored(1, odd, 64);
     largest.add(even);
     largest.add(odd);
   } else {
     _tile_stored(0, even, 64);
-    if (tiles > 1) largest.add(odd);
+    if (tile > 1) largest.add(odd);
     largest.add(even);
   }
 }
 
-// 64 dimensions, two groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and 6,
-// 7, keys 2 and 3, sums 0 and 1.
-MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
-                                     Largest largest0, Largest largest1) {
-  alignas(64) Sums sums0;
-  alignas(64) Sums sums1;
-  _tile_loadd(4, rows, 64);
-  _tile_loadd(5, rows + kRowTile, 64);
-  _tile_loadd(6, rows + 2 * kRowTile, 64);
-  _tile_loadd(7, rows + 3 * kRowTile, 64);
+// 64 dimensions, pairs of groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and
+// 6, 7, keys 2 and 3, sums 0 and 1. Stored and reduced as in max_of_128.
+MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t pairs,
+                                     Ahead& ahead, Largest largest0, Largest largest1) {
+  alignas(64) Sums sums[2][2];
   const std::int64_t stride = blocks.stride * 2;
-  const std::uint16_t* key = blocks.keys;
-  for (std::int64_t j = 0; j < blocks.count * blocks.key_count; j += kTileKeys, key += kTileKeys * blocks.stride) {
-    ahead.ask();
-    if (j > 0) _tile_stored(0, sums0, 64);
-    _tile_zero(0);
-    _tile_loadd(2, key, stride);
-    _tile_dpbf16ps(0, 2, 4);
-    if (j > 0) _tile_stored(1, sums1, 64);
-    _tile_zero(1);
-    _tile_dpbf16ps(1, 2, 6);
-    if (j > 0) largest0.add(sums0);
-    _tile_loadd(3, key + kTileInner, stride);
-    _tile_dpbf16ps(0, 3, 5);
-    _tile_dpbf16ps(1, 3, 7);
-    if (j > 0) largest1.add(sums1);
+  const std::int64_t keys = blocks.count * blocks.key_count;
+  std::int64_t tile = 0;
+  for (std::int64_t p = 0; p < pairs; ++p, rows += 4 * kRowTile) {
+    load_four_row_tiles(rows);
+    const std::uint16_t* key = blocks.keys;
+    for (std::int64_t j = 0; j < keys; j += kTileKeys, key += kTileKeys * blocks.stride, ++tile) {
+      Sums* two_before = sums[tile % 2];
+      Sums* before = sums[(tile + 1) % 2];
+      ahead.ask();
+      _tile_loadd(2, key, stride);
+      _tile_loadd(3, key + kTileInner, stride);
+      if (tile > 0) _tile_stored(0, before[0], 64);
+      _tile_zero(0);
+      _tile_dpbf16ps(0, 2, 4);
+      if (tile > 0) _tile_stored(1, before[1], 64);
+      _tile_zero(1);
+      _tile_dpbf16ps(1, 2, 6);
+      if (tile > 1) largest0.add(two_before[0]);
+      _tile_dpbf16ps(0, 3, 5);
+      _tile_dpbf16ps(1, 3, 7);
+      if (tile > 1) largest1.add(two_before[1]);
+    }
   }
-  _tile_stored(0, sums0, 64);
-  _tile_stored(1, sums1, 64);
-  largest0.add(sums0);
-  largest1.add(sums1);
+  Sums* last = sums[(tile + 1) % 2];
+  Sums* before = sums[tile % 2];
+  _tile_stored(0, last[0], 64);
+  _tile_stored(1, last[1], 64);
+  if (tile > 1) largest0.add(before[0]);
+  if (tile > 1) largest1.add(before[1]);
+  largest0.add(last[0]);
+  largest1.add(last[1]);
 }
 
 // Any other: two tiles of keys a time, each tile of rows loaded for both.
@@ -203,20 +231,15 @@ MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint1
 MSA_AMX_TARGET void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
                                        const std::byte* next, float* largest, std::int64_t largest_stride) {
   const std::int64_t keys = blocks.count * blocks.key_count;
-  const std::int64_t passes = blocks.dim == 64 ? groups / 2 + groups % 2 : groups;
-  Ahead ahead(next, keys * blocks.stride * 2, passes * (keys / kTileKeys));
-  for (std::int64_t g = 0; g < groups; ++g) {
-    const std::uint16_t* here = rows + g * kBf16GroupRows * blocks.dim;
-    float* out = largest + g * kBf16GroupRows;
-    const Largest first(blocks, out, largest_stride);
-    if (blocks.dim == 128) {
-      max_of_128(blocks, here, ahead, first);
-    } else if (blocks.dim == 64 && g + 1 < groups) {
-      max_of_64(blocks, here, ahead, first, Largest(blocks, out + kBf16GroupRows, largest_stride));
-      ++g;
-    } else {
-      max_of_any(blocks, here, ahead, first);
-    }
+  const std::int64_t pairs = blocks.dim == 64 ? groups / 2 : 0;
+  Ahead ahead(next, keys * blocks.stride * 2, (groups - pairs) * (keys / kTileKeys));
+  const auto largest_of = [&](std::int64_t g, std::int64_t step) MSA_AMX_TARGET {
+    return Largest(blocks, largest + g * kBf16GroupRows, largest_stride, step);
+  };
+  if (blocks.dim == 128) return max_of_128(blocks, rows, groups, ahead, largest_of(0, 1));
+  if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, largest_of(0, 2), largest_of(1, 2));
+  for (std::int64_t g = 2 * pairs; g < groups; ++g) {
+    max_of_any(blocks, rows + g * kBf16GroupRows * blocks.dim, ahead, largest_of(g, 1));
   }
 }
 
