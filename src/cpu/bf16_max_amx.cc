@@ -61,37 +61,45 @@ class Ahead {
   std::int64_t step_;
 };
 
-// The largest sums of each block and of every `step`th group of rows, in the order in which they are multiplied: all
-// blocks of a group, then those of the next.
+// The largest sums of kGroups groups of rows side by side and each block, in the order in which they are multiplied:
+// all blocks of the groups, then those of the next.
+template <int kGroups>
 class Largest {
  public:
-  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride, std::int64_t step)
-      : best_(nothing()),
-        out_(out),
+  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride)
+      : out_(out),
         stride_(stride),
-        to_next_group_(step * kBf16GroupRows - blocks.count * stride),
+        to_next_groups_(kGroups * kBf16GroupRows - blocks.count * stride),
         tiles_(blocks.key_count / kTileKeys),
         tiles_left_(tiles_),
         blocks_(blocks.count),
-        blocks_left_(blocks_) {}
-  // The next tile of sums. The last one of a block writes what it had.
+        blocks_left_(blocks_) {
+    for (__m512& best : best_) best = nothing();
+  }
+  // The next tile of sums of a group; end_tile() follows when all groups had theirs.
+  template <int kGroup>
   MSA_AMX_TARGET void add(const Sums& sums) {
-    best_ = tile_max(sums, best_);
+    best_[kGroup] = tile_max(sums, best_[kGroup]);
+  }
+  // Behind the last tile of a block writes what it had.
+  MSA_AMX_TARGET void end_tile() {
     if (--tiles_left_ > 0) return;
-    _mm512_storeu_ps(out_, best_);
-    best_ = nothing();
+    for (int g = 0; g < kGroups; ++g) {
+      _mm512_storeu_ps(out_ + g * kBf16GroupRows, best_[g]);
+      best_[g] = nothing();
+    }
     tiles_left_ = tiles_;
     out_ += stride_;
     if (--blocks_left_ > 0) return;
     blocks_left_ = blocks_;
-    out_ += to_next_group_;
+    out_ += to_next_groups_;
   }
 
  private:
-  __m512 best_;
+  __m512 best_[kGroups];
   float* out_;
   std::int64_t stride_;
-  std::int64_t to_next_group_;
+  std::int64_t to_next_groups_;
   std::int64_t tiles_;
   std::int64_t tiles_left_;
   std::int64_t blocks_;
@@ -109,9 +117,13 @@ MSA_AMX_TARGET inline void load_four_row_tiles(const std::uint16_t* rows) {
 // before is stored, and the one before that, which memory has by then, reduced; also across groups, so that the tile
 // unit does not idle where one ends.
 MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
-                                      Ahead& ahead, Largest largest) {
+                                      Ahead& ahead, Largest<1> largest) {
   alignas(64) Sums even;
   alignas(64) Sums odd;
+  const auto add = [&](const Sums& sums) MSA_AMX_TARGET {
+    largest.add<0>(sums);
+    largest.end_tile();
+  };
   const std::int64_t stride = blocks.stride * 2;
   const std::int64_t keys = blocks.count * blocks.key_count;
   std::int64_t tile = 0;
@@ -127,7 +139,7 @@ MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint1
         _tile_loadd(3, key + kTileInner, stride);
         _tile_dpbf16ps(0, 3, 5);
         if (tile > 0) _tile_stored(1, odd, 64);
-        if (tile > 1) largest.add(even);
+        if (tile > 1) add(even);
         _tile_loadd(2, key + 2 * kTileInner, stride);
         _tile_dpbf16ps(0, 2, 6);
         _tile_loadd(3, key + 3 * kTileInner, stride);
@@ -139,7 +151,7 @@ MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint1
         _tile_loadd(3, key + kTileInner, stride);
         _tile_dpbf16ps(1, 3, 5);
         _tile_stored(0, even, 64);
-        if (tile > 1) largest.add(odd);
+        if (tile > 1) add(odd);
         _tile_loadd(2, key + 2 * kTileInner, stride);
         _tile_dpbf16ps(1, 2, 6);
         _tile_loadd(3, key + 3 * kTileInner, stride);
@@ -149,19 +161,19 @@ MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint1
   }
   if (tile % 2 == 0) {
     _tile_stored(1, odd, 64);
-    largest.add(even);
-    largest.add(odd);
+    add(even);
+    add(odd);
   } else {
     _tile_stored(0, even, 64);
-    if (tile > 1) largest.add(odd);
-    largest.add(even);
+    if (tile > 1) add(odd);
+    add(even);
   }
 }
 
 // 64 dimensions, pairs of groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and
 // 6, 7, keys 2 and 3, sums 0 and 1. Stored and reduced as in max_of_128.
 MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t pairs,
-                                     Ahead& ahead, Largest largest0, Largest largest1) {
+                                     Ahead& ahead, Largest<2> largest) {
   alignas(64) Sums sums[2][2];
   const std::int64_t stride = blocks.stride * 2;
   const std::int64_t keys = blocks.count * blocks.key_count;
@@ -181,27 +193,36 @@ MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16
       if (tile > 0) _tile_stored(1, before[1], 64);
       _tile_zero(1);
       _tile_dpbf16ps(1, 2, 6);
-      if (tile > 1) largest0.add(two_before[0]);
+      if (tile > 1) largest.add<0>(two_before[0]);
       _tile_dpbf16ps(0, 3, 5);
       _tile_dpbf16ps(1, 3, 7);
-      if (tile > 1) largest1.add(two_before[1]);
+      if (tile > 1) {
+        largest.add<1>(two_before[1]);
+        largest.end_tile();
+      }
     }
   }
   Sums* last = sums[(tile + 1) % 2];
   Sums* before = sums[tile % 2];
   _tile_stored(0, last[0], 64);
   _tile_stored(1, last[1], 64);
-  if (tile > 1) largest0.add(before[0]);
-  if (tile > 1) largest1.add(before[1]);
-  largest0.add(last[0]);
-  largest1.add(last[1]);
+  for (const Sums* sums : {before, last}) {
+    if (sums == before && tile == 1) continue;
+    largest.add<0>(sums[0]);
+    largest.add<1>(sums[1]);
+    largest.end_tile();
+  }
 }
 
 // Any other: two tiles of keys a time, each tile of rows loaded for both.
 MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
-                                      Largest largest) {
+                                      Largest<1> largest) {
   alignas(64) Sums sums0;
   alignas(64) Sums sums1;
+  const auto add = [&](const Sums& sums) MSA_AMX_TARGET {
+    largest.add<0>(sums);
+    largest.end_tile();
+  };
   const std::int64_t stride = blocks.stride * 2;
   const std::int64_t keys = blocks.count * blocks.key_count;
   for (std::int64_t j = 0; j < keys; j += 2 * kTileKeys) {
@@ -221,8 +242,8 @@ MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint1
     }
     _tile_stored(0, sums0, 64);
     _tile_stored(1, sums1, 64);
-    largest.add(sums0);
-    if (is_pair) largest.add(sums1);
+    add(sums0);
+    if (is_pair) add(sums1);
   }
 }
 
@@ -233,13 +254,13 @@ MSA_AMX_TARGET void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint
   const std::int64_t keys = blocks.count * blocks.key_count;
   const std::int64_t pairs = blocks.dim == 64 ? groups / 2 : 0;
   Ahead ahead(next, keys * blocks.stride * 2, (groups - pairs) * (keys / kTileKeys));
-  const auto largest_of = [&](std::int64_t g, std::int64_t step) MSA_AMX_TARGET {
-    return Largest(blocks, largest + g * kBf16GroupRows, largest_stride, step);
-  };
-  if (blocks.dim == 128) return max_of_128(blocks, rows, groups, ahead, largest_of(0, 1));
-  if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, largest_of(0, 2), largest_of(1, 2));
+  if (blocks.dim == 128) {
+    return max_of_128(blocks, rows, groups, ahead, Largest<1>(blocks, largest, largest_stride));
+  }
+  if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, Largest<2>(blocks, largest, largest_stride));
   for (std::int64_t g = 2 * pairs; g < groups; ++g) {
-    max_of_any(blocks, rows + g * kBf16GroupRows * blocks.dim, ahead, largest_of(g, 1));
+    max_of_any(blocks, rows + g * kBf16GroupRows * blocks.dim, ahead,
+               Largest<1>(blocks, largest + g * kBf16GroupRows, largest_stride));
   }
 }
 
