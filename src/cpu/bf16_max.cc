@@ -11,11 +11,11 @@
 namespace msa::cpu {
 
 void bf16_block_max_portable(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
-                             const std::byte* /*next*/, float* largest, std::int64_t largest_stride) {
+                             const std::byte* /*next*/, const Bf16Largest& largest) {
   for (std::int64_t b = 0; b < blocks.count; ++b) {
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::uint16_t* group = rows + g * kBf16GroupRows * blocks.dim;
-      float* out = largest + b * largest_stride + g * kBf16GroupRows;
+      float* out = largest.first + b * largest.block_stride + g * largest.group_stride;
       std::fill(out, out + kBf16GroupRows, -std::numeric_limits<float>::infinity());
       for (std::int64_t j = 0; j < blocks.key_count; ++j) {
         const std::uint16_t* key = blocks.keys + (b * blocks.key_count + j) * blocks.stride;

@@ -66,10 +66,11 @@ class Ahead {
 template <int kGroups>
 class Largest {
  public:
-  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, float* out, std::int64_t stride)
-      : out_(out),
-        stride_(stride),
-        to_next_groups_(kGroups * kBf16GroupRows - blocks.count * stride),
+  MSA_AMX_TARGET Largest(const Bf16Blocks& blocks, const Bf16Largest& to)
+      : out_(to.first),
+        group_stride_(to.group_stride),
+        block_stride_(to.block_stride),
+        to_next_groups_(kGroups * to.group_stride - blocks.count * to.block_stride),
         tiles_(blocks.key_count / kTileKeys),
         tiles_left_(tiles_),
         blocks_(blocks.count),
@@ -85,11 +86,11 @@ class Largest {
   MSA_AMX_TARGET void end_tile() {
     if (--tiles_left_ > 0) return;
     for (int g = 0; g < kGroups; ++g) {
-      _mm512_storeu_ps(out_ + g * kBf16GroupRows, best_[g]);
+      _mm512_storeu_ps(out_ + g * group_stride_, best_[g]);
       best_[g] = nothing();
     }
     tiles_left_ = tiles_;
-    out_ += stride_;
+    out_ += block_stride_;
     if (--blocks_left_ > 0) return;
     blocks_left_ = blocks_;
     out_ += to_next_groups_;
@@ -98,7 +99,8 @@ class Largest {
  private:
   __m512 best_[kGroups];
   float* out_;
-  std::int64_t stride_;
+  std::int64_t group_stride_;
+  std::int64_t block_stride_;
   std::int64_t to_next_groups_;
   std::int64_t tiles_;
   std::int64_t tiles_left_;
@@ -250,17 +252,16 @@ MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint1
 }  // namespace
 
 MSA_AMX_TARGET void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
-                                       const std::byte* next, float* largest, std::int64_t largest_stride) {
+                                       const std::byte* next, const Bf16Largest& largest) {
   const std::int64_t keys = blocks.count * blocks.key_count;
   const std::int64_t pairs = blocks.dim == 64 ? groups / 2 : 0;
   Ahead ahead(next, keys * blocks.stride * 2, (groups - pairs) * (keys / kTileKeys));
-  if (blocks.dim == 128) {
-    return max_of_128(blocks, rows, groups, ahead, Largest<1>(blocks, largest, largest_stride));
-  }
-  if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, Largest<2>(blocks, largest, largest_stride));
+  if (blocks.dim == 128) return max_of_128(blocks, rows, groups, ahead, Largest<1>(blocks, largest));
+  if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, Largest<2>(blocks, largest));
   for (std::int64_t g = 2 * pairs; g < groups; ++g) {
-    max_of_any(blocks, rows + g * kBf16GroupRows * blocks.dim, ahead,
-               Largest<1>(blocks, largest + g * kBf16GroupRows, largest_stride));
+    Bf16Largest to = largest;
+    to.first += g * largest.group_stride;
+    max_of_any(blocks, rows + g * kBf16GroupRows * blocks.dim, ahead, Largest<1>(blocks, to));
   }
 }
 

@@ -201,7 +201,7 @@ inline HWY_ATTR void screen_span(const SelectBlocksParams& params, const SpanLay
       continue;
     }
     screen.block_max({.keys = keys.first, .stride = keys.stride, .key_count = params.block_size, .dim = screen.dim},
-                     packed, (rows + kBf16GroupRows - 1) / kBf16GroupRows, nullptr, largest, 0);
+                     packed, (rows + kBf16GroupRows - 1) / kBf16GroupRows, nullptr, {.first = largest});
     for (std::int64_t r = 0; r < rows; ++r) out[r * out_stride + at] = largest[r];
   }
 }

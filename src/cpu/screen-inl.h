@@ -214,17 +214,20 @@ inline HWY_ATTR BlockBounds round_block(const float* HWY_RESTRICT keys, std::int
   return bounds;
 }
 
-/// Bounds of keys that are bf16 already, rows of `stride` elements; dim is a multiple of 32.
+/// Bounds of keys that are bf16 already, rows of `stride` elements; dim is a multiple of 32. The squares of a key are
+/// summed in lanes and the largest sum of each lane added up, which is at least the largest sum of a key: a little too
+/// much, where a sum over the lanes of every key would take longer than reading the keys.
 inline HWY_ATTR BlockBounds bound_block(const std::uint16_t* keys, std::int64_t stride, std::int64_t count,
                                         std::int64_t dim) {
   const FloatTag df;
+  const IntTag di;
   const hn::RebindToUnsigned<FloatTag> du;
+  const hn::Repartition<std::uint16_t, FloatTag> d16;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
   const auto odd = hn::Set(du, 0xffff0000u);
-  auto largest = hn::Zero(df);
-  auto not_finite = hn::Zero(du);
-  float square = 0;
-  const auto exponent = hn::Set(du, 0x7f800000u);
+  const auto magnitude = hn::Set(d16, std::uint16_t{0x7fff});
+  auto largest = hn::Zero(d16);
+  auto squares = hn::Zero(df);
   for (std::int64_t j = 0; j < count; ++j) {
     auto sum0 = hn::Zero(df);
     auto sum1 = sum0;
@@ -234,18 +237,16 @@ inline HWY_ATTR BlockBounds bound_block(const std::uint16_t* keys, std::int64_t 
       const auto b = hn::BitCast(df, hn::And(words, odd));
       sum0 = hn::MulAdd(a, a, sum0);
       sum1 = hn::MulAdd(b, b, sum1);
-      largest = hn::Max(largest, hn::Max(hn::Abs(a), hn::Abs(b)));
+      largest = hn::Max(largest, hn::And(hn::BitCast(d16, words), magnitude));
     }
-    // A square that is not finite makes its sum so.
-    const auto sum = hn::Add(sum0, sum1);
-    not_finite = hn::Or(not_finite, hn::VecFromMask(du, hn::Eq(hn::And(hn::BitCast(du, sum), exponent), exponent)));
-    square = std::max(square, hn::GetLane(hn::SumOfLanes(df, sum)));
+    squares = hn::Max(squares, hn::Add(sum0, sum1));
   }
+  const auto pairs = hn::BitCast(du, largest);
+  const auto larger = hn::Max(hn::BitCast(di, hn::And(pairs, odd)), hn::BitCast(di, hn::ShiftLeft<16>(pairs)));
+  const float most = std::bit_cast<float>(hn::GetLane(hn::MaxOfLanes(di, larger)));  // NaN above infinity
   BlockBounds bounds;
   bounds.scale = 1;
-  const float most = hn::GetLane(hn::MaxOfLanes(df, largest));
-  const bool is_finite = hn::AllFalse(du, hn::Ne(not_finite, hn::Zero(du)));
-  bounds.norm = is_finite && can_screen(most) ? norm_bound(square, most) : kInfinity;
+  bounds.norm = can_screen(most) ? norm_bound(hn::GetLane(hn::SumOfLanes(df, squares)), most) : kInfinity;
   return bounds;
 }
 
@@ -293,8 +294,8 @@ class ScreenedChunk {
         shared_(shared),
         padded_rows_(padded_columns(selection.rows())),
         row_keys_(reinterpret_cast<std::byte*>(scratch + layout.row_keys)),
+        buckets_(bound_buckets(params.topk)),
         lower_(scratch + layout.lower),
-        lower_stride_(padded_columns(params.topk)),
         candidates_(reinterpret_cast<Candidate*>(scratch + layout.candidates)),
         visits_(reinterpret_cast<std::uint64_t*>(scratch + layout.visits)),
         block_keys_(reinterpret_cast<std::byte*>(scratch + layout.block_keys)) {
@@ -304,14 +305,16 @@ class ScreenedChunk {
       bounds += padded_rows_;
       return array;
     };
-    scale_ = next();
+    scale_ = above_ = next();
     spread_ = next();
     slack_ = next();
     floor_ = next();
     offset_ = reinterpret_cast<std::int32_t*>(next());
     end_ = reinterpret_cast<std::int32_t*>(next());
     counts_ = reinterpret_cast<std::int32_t*>(next());
-    largest_ = next();  // and those of kScreenedTogether - 1 more
+    largest_ = next();  // and those of kWindowBlocks - 1 more
+    place_notes();
+    std::fill(lower_, lower_ + padded_rows_ * buckets_, -kInfinity);
     for (std::int64_t r = 0; r < padded_rows_; ++r) start_row(r);
   }
 
@@ -337,14 +340,35 @@ class ScreenedChunk {
   }
 
  private:
+  // Candidates are noted one behind the other, whatever row they are of, until there are this many a row on average.
+  static constexpr std::int64_t kNotes = kWindowBlocks;
+  // Neighbouring blocks that share a bucket. Seldom are two of the best neighbours.
+  static constexpr std::int64_t kBucketBlocks = 2;
+  static_assert(kWindowBlocks == 64 && kWindowBlocks % kBucketBlocks == 0);
+  static constexpr std::int32_t kFewCandidates = 64;
+
   bool is_screened(std::int64_t r) const { return end_[r] > 0; }
-  void give_up(std::int64_t r) { end_[r] = 0; }
+  void give_up(std::int64_t r) {
+    end_[r] = 0;
+    floor_[r] = kInfinity;  // no block gets past the first comparison
+  }
   Candidate* list(std::int64_t r) { return candidates_ + r * capacity_; }
+
+  /// Notes lie where there will be visits.
+  void place_notes() {
+    constexpr std::int64_t kSpare = 16;  // a vector is stored behind the last one
+    static_assert(candidate_capacity(1) * sizeof(std::uint64_t) >= (kNotes + 1) * sizeof(std::int32_t[4]));
+    const std::int64_t places = padded_rows_ * kNotes + kSpare;
+    notes_.rows = reinterpret_cast<std::int32_t*>(visits_);
+    notes_.blocks = notes_.rows + places;
+    notes_.scores = reinterpret_cast<float*>(notes_.blocks + places);
+    notes_.errors = notes_.scores + places;
+  }
 
   HWY_ATTR void start_row(std::int64_t r) {
     scale_[r] = spread_[r] = slack_[r] = 0;
-    floor_[r] = -kInfinity;
-    offset_[r] = end_[r] = counts_[r] = 0;
+    offset_[r] = counts_[r] = 0;
+    give_up(r);
     const bool is_row = r < selection_.rows();
     const std::int64_t dim = selection_.dim();
     alignas(64) float query[kMaxHeadDim];
@@ -358,8 +382,7 @@ class ScreenedChunk {
     if (can) {
       // Blocks that the row sees whole.
       end_[r] = static_cast<std::int32_t>(std::min(selection_.limit(r), (selection_.position_of(r) + 1) / block_size_));
-      std::fill(lower_ + r * lower_stride_, lower_ + r * lower_stride_ + slots_, -kInfinity);
-      std::fill(lower_ + r * lower_stride_ + slots_, lower_ + (r + 1) * lower_stride_, kInfinity);
+      if (end_[r] > 0) floor_[r] = -kInfinity;
     }
     const SquaredNorms norms =
         setup_.dot.is_bf16() ? round_query(r, query, can) : quantise_query(r, query, largest, can);
@@ -406,33 +429,50 @@ class ScreenedChunk {
     return norms;
   }
 
+  /// Screens all blocks, a window of them at a time: first their products with all rows, then what these say, a vector
+  /// of rows after the other.
   HWY_ATTR void scan() {
     const std::int64_t begin = selection_.choices().begin();
     const std::int64_t groups = padded_rows_ / kInt8Rows;
     std::int64_t last = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) last = std::max<std::int64_t>(last, end_[r]);
     std::int64_t group = 0;  // first one with a row that may choose the block
-    for (std::int64_t b = begin; b < last;) {
+    std::int64_t raised = 0;  // blocks that the thresholds know of
+    for (std::int64_t b = begin; b < last; b += kWindowBlocks) {
       const auto ends = [&](std::int64_t g) {
         return *std::max_element(end_ + g * kInt8Rows, end_ + (g + 1) * kInt8Rows) <= b;
       };
       while (group < groups && ends(group)) ++group;
-      if (group == groups) return;  // rows were given up
-      const std::int64_t until_pruned = kPruneBlocks - (b - begin) % kPruneBlocks;
-      const std::int64_t count = count_together(b, std::min(last - b, until_pruned));
-      BlockBounds bounds;
-      const std::byte* keys = find_block(b, bounds);
-      multiply(keys, count, bounds, group, groups, b + count < last ? shared_block(b + count) : nullptr);
-      for (std::int64_t i = 0; i < count; ++i) {
-        if (i > 0) bounds = shared_.bounds[b + i - shared_.first];
-        if (setup_.dot.is_bf16()) {
-          offer<true>(b + i, bounds, group * kInt8Rows, largest_ + i * padded_rows_);
-        } else {
-          offer<false>(b + i, bounds, group * kInt8Rows, largest_ + i * padded_rows_);
-        }
+      if (group == groups) break;  // rows were given up
+      const std::int64_t count = std::min(kWindowBlocks, last - b);
+      const std::int64_t seen = b + count - begin;
+      multiply_window(b, count, last, group, groups);
+      // Thresholds rise ever more slowly.
+      const bool raises = 2 * seen >= 3 * raised || b + count == last;
+      if (raises) raised = seen;
+      for (std::int64_t r = group * kInt8Rows; r < padded_rows_; r += static_cast<std::int64_t>(hn::Lanes(FloatTag()))) {
+        finish_scores(b, count, r);
+        keep_lower_bounds(b - begin, count, r);
+        if (raises) raise_floors(r);
+        note_candidates(b, count, r);
       }
-      b += count;
-      if ((b - begin) % kPruneBlocks == 0 || b == last) prune(b - begin);
+      prune(seen);
+    }
+    list_notes();
+    prune(last - begin);
+  }
+
+  /// largest_ and window_bounds_ of the blocks [first, first + count), the rows in groups [group, groups) of 16. The scan
+  /// ends before block `last`.
+  HWY_ATTR void multiply_window(std::int64_t first, std::int64_t count, std::int64_t last, std::int64_t group,
+                                std::int64_t groups) {
+    for (std::int64_t i = 0; i < count;) {
+      const std::int64_t b = first + i;
+      const std::int64_t together = count_together(b, count - i);
+      const std::byte* keys = find_block(b, window_bounds_[i]);
+      for (std::int64_t j = 1; j < together; ++j) window_bounds_[i + j] = shared_.bounds[b + j - shared_.first];
+      multiply(keys, i, together, group, groups, b + together < last ? shared_block(b + together) : nullptr);
+      i += together;
     }
   }
 
@@ -453,24 +493,32 @@ class ScreenedChunk {
     return count;
   }
 
-  /// largest_ of the rows in groups [first, last) of 16, and of `count` blocks.
-  HWY_ATTR void multiply(const std::byte* keys, std::int64_t count, const BlockBounds& bounds, std::int64_t first,
+  /// The products of the rows from r on, of 16 as a group, and block i of the window; those of the next block are
+  /// block_stride() behind.
+  float* largest(std::int64_t i, std::int64_t r) {
+    const std::int64_t group = setup_.dot.is_bf16() ? kWindowBlocks * kInt8Rows : kInt8Rows;
+    return largest_ + r / kInt8Rows * group + r % kInt8Rows + i * block_stride();
+  }
+  std::int64_t block_stride() const { return setup_.dot.is_bf16() ? kInt8Rows : padded_rows_; }
+
+  /// The products of the rows in groups [first, last) of 16 and of `count` blocks, from the window's block i on.
+  HWY_ATTR void multiply(const std::byte* keys, std::int64_t i, std::int64_t count, std::int64_t first,
                          std::int64_t last, const std::byte* next) {
     const std::byte* rows = row_keys_ + first * kInt8Rows * setup_.row_bytes();
-    float* largest = largest_ + first * kInt8Rows;
     if (!setup_.dot.is_bf16()) {
       setup_.dot.int8(reinterpret_cast<const std::uint8_t*>(keys), block_size_, setup_.dim,
                       reinterpret_cast<const std::int8_t*>(rows), last - first,
-                      reinterpret_cast<std::int32_t*>(largest));
-    } else if (bounds.norm == kInfinity) {  // the sums could be NaN
-      std::fill(largest, largest + (last - first) * kInt8Rows, 0.0f);
+                      reinterpret_cast<std::int32_t*>(largest(i, first * kInt8Rows)));
+    } else if (window_bounds_[i].norm == kInfinity) {  // the sums could be NaN
+      for (std::int64_t g = first; g < last; ++g) std::fill_n(largest(i, g * kInt8Rows), kInt8Rows, 0.0f);
     } else {
       Bf16Blocks blocks;
       blocks.keys = reinterpret_cast<const std::uint16_t*>(keys);
       blocks.stride = blocks.dim = setup_.dim;
       blocks.key_count = block_size_;
       blocks.count = count;
-      setup_.dot.bf16(blocks, reinterpret_cast<const std::uint16_t*>(rows), last - first, next, largest, padded_rows_);
+      setup_.dot.bf16(blocks, reinterpret_cast<const std::uint16_t*>(rows), last - first, next,
+                      {largest(i, first * kInt8Rows), block_stride(), kWindowBlocks * kInt8Rows});
     }
   }
 
@@ -493,61 +541,167 @@ class ScreenedChunk {
     return keys != nullptr ? keys : block_keys_;
   }
 
-  /// Takes block b, whose products are `largest`, into the lists of the rows from `first` on whose threshold its upper
-  /// bound reaches.
-  template <bool kIsBf16>
-  HWY_ATTR void offer(std::int64_t b, const BlockBounds& bounds, std::int64_t first, const float* largest) {
+  /// Makes the products of the rows from r on and `count` blocks from b on scores; -infinity where a row may not choose
+  /// the block.
+  HWY_ATTR void finish_scores(std::int64_t b, std::int64_t count, std::int64_t r) {
     const FloatTag df;
     const IntTag di;
-    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-    const auto block_scale = hn::Set(df, bounds.scale);
-    const auto block_error = hn::Set(df, bounds.error);
-    const auto block_norm = hn::Set(df, bounds.norm);
-    const auto block = hn::Set(di, static_cast<std::int32_t>(b));
-    for (std::int64_t r = first; r < padded_rows_; r += lanes) {
-      auto score = hn::LoadU(df, largest + r);
-      if constexpr (!kIsBf16) {
+    const auto end = hn::LoadU(di, end_ + r);
+    const auto at_end = hn::Set(di, static_cast<std::int32_t>(b + count));
+    if (setup_.dot.is_bf16() && hn::AllFalse(di, hn::Lt(end, at_end))) return;  // nothing to do
+    for (std::int64_t i = 0; i < count; ++i) {
+      float* at = largest(i, r);
+      auto score = hn::LoadU(df, at);
+      if (!setup_.dot.is_bf16()) {
         const auto integer = hn::Sub(hn::BitCast(di, score), hn::LoadU(di, offset_ + r));
-        score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), block_scale);
+        const auto scale = hn::Set(df, window_bounds_[i].scale);
+        score = hn::Mul(hn::Mul(hn::ConvertTo(df, integer), hn::LoadU(df, scale_ + r)), scale);
       }
-      const auto error =
-          hn::MulAdd(hn::LoadU(df, spread_ + r), block_error, hn::Mul(hn::LoadU(df, slack_ + r), block_norm));
-      const auto reaches = hn::Ge(hn::Add(score, error), hn::LoadU(df, floor_ + r));
-      const auto chooses = hn::RebindMask(df, hn::Gt(hn::LoadU(di, end_ + r), block));
-      const auto pass = hn::And(reaches, chooses);
-      if (hn::AllFalse(df, pass)) continue;
-      alignas(64) float scores[hn::MaxLanes(FloatTag())];
-      alignas(64) float errors[hn::MaxLanes(FloatTag())];
-      hn::Store(score, df, scores);
-      hn::Store(error, df, errors);
-      for_each_lane(pass, [&](std::int64_t lane) HWY_ATTR {
-        const std::int64_t row = r + lane;
-        list(row)[counts_[row]++] = {static_cast<std::int32_t>(b), scores[lane], errors[lane]};
-        const float lower = scores[lane] - errors[lane];
-        if (lower > floor_[row]) raise_floor(row, lower);
-      });
+      const auto chooses = hn::Gt(end, hn::Set(di, static_cast<std::int32_t>(b + i)));
+      hn::StoreU(hn::IfThenElse(hn::RebindMask(df, chooses), score, hn::Set(df, -kInfinity)), df, at);
     }
   }
 
-  /// Puts a lower bound in the place of the least of the row's highest ones.
-  HWY_ATTR void raise_floor(std::int64_t r, float lower) {
+  /// Takes the lower bounds of `count` blocks of the window, `seen` behind the first one, into the buckets of the rows
+  /// from r on: the highest of each bucket stays.
+  HWY_ATTR void keep_lower_bounds(std::int64_t seen, std::int64_t count, std::int64_t r) {
     const FloatTag df;
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-    float* bounds = lower_ + r * lower_stride_;
-    const auto least = hn::Set(df, floor_[r]);
-    auto smallest = hn::Set(df, kInfinity);
-    bool is_placed = false;
-    for (std::int64_t i = 0; i < slots_; i += lanes) {
-      auto here = hn::LoadU(df, bounds + i);
-      const std::intptr_t at = is_placed ? -1 : hn::FindFirstTrue(df, hn::Eq(here, least));
-      if (at >= 0) {  // in a register: a vector cannot be loaded from behind the store of a lane without waiting for it
-        here = hn::IfThenElse(hn::Eq(hn::Iota(df, 0), hn::Set(df, static_cast<float>(at))), hn::Set(df, lower), here);
-        hn::StoreU(here, df, bounds + i);
-        is_placed = true;
+    const auto spread = hn::LoadU(df, spread_ + r);
+    const auto slack = hn::LoadU(df, slack_ + r);
+    const float* scores = largest(0, r);
+    const std::int64_t stride = block_stride();
+    float* at = lower_ + r * buckets_ + seen / kBucketBlocks % buckets_ * lanes;
+    for (std::int64_t i = 0; i < count; at += lanes) {
+      auto highest = hn::LoadU(df, at);
+      for (const std::int64_t end = std::min(count, i + kBucketBlocks); i < end; ++i) {
+        const auto error = error_of(window_bounds_[i], spread, slack);
+        highest = hn::Max(highest, hn::Sub(hn::LoadU(df, scores + i * stride), error));
       }
-      smallest = hn::Min(smallest, here);
+      hn::StoreU(highest, df, at);
     }
-    floor_[r] = hn::GetLane(hn::MinOfLanes(df, smallest));
+  }
+
+  static HWY_INLINE HWY_ATTR FloatVec error_of(const BlockBounds& bounds, FloatVec spread, FloatVec slack) {
+    const FloatTag df;
+    return hn::MulAdd(spread, hn::Set(df, bounds.error), hn::Mul(slack, hn::Set(df, bounds.norm)));
+  }
+
+  /// Raises the thresholds of the rows from r on to where slots_ buckets still reach them, or a little less: that many
+  /// blocks have a lower bound as high. Halves what lies between a threshold and the highest of all.
+  HWY_ATTR void raise_floors(std::int64_t r) {
+    const FloatTag df;
+    const IntTag di;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    constexpr int kHalvings = 6;
+    const float* bounds = lower_ + r * buckets_;
+    const auto none = hn::Set(df, -kInfinity);
+    const auto slots = hn::Set(di, static_cast<std::int32_t>(slots_));
+    auto lowest = hn::Set(df, kInfinity);
+    auto high = none;
+    auto missing = slots;  // until so many buckets have a bound
+    for (std::int64_t i = 0; i < buckets_; ++i) {
+      const auto bound = hn::LoadU(df, bounds + i * lanes);
+      const auto is_one = hn::Gt(bound, none);
+      lowest = hn::IfThenElse(is_one, hn::Min(lowest, bound), lowest);
+      high = hn::Max(high, bound);
+      missing = hn::Add(missing, hn::VecFromMask(di, hn::RebindMask(di, is_one)));
+    }
+    const auto are_enough = hn::RebindMask(df, hn::Lt(missing, hn::Set(di, 1)));
+    auto low = hn::LoadU(df, floor_ + r);
+    low = hn::IfThenElse(are_enough, hn::Max(low, lowest), low);
+    for (int step = 0; step < kHalvings; ++step) {
+      const auto middle = hn::Mul(hn::Set(df, 0.5f), hn::Add(low, high));
+      auto even = slots;  // by how many the buckets that reach the middle are fewer: two chains
+      auto odd = hn::Zero(di);
+      for (std::int64_t i = 0; i < buckets_; i += 2) {
+        const auto reaches = hn::Ge(hn::LoadU(df, bounds + i * lanes), middle);
+        even = hn::Add(even, hn::VecFromMask(di, hn::RebindMask(di, reaches)));
+        const auto next_reaches = hn::Ge(hn::LoadU(df, bounds + (i + 1) * lanes), middle);
+        odd = hn::Add(odd, hn::VecFromMask(di, hn::RebindMask(di, next_reaches)));
+      }
+      const auto is_lower = hn::RebindMask(df, hn::Lt(hn::Add(even, odd), hn::Set(di, 1)));
+      low = hn::IfThenElse(is_lower, hn::Max(low, middle), low);
+      high = hn::IfThenElse(is_lower, high, middle);
+    }
+    hn::StoreU(low, df, floor_ + r);
+  }
+
+  /// Notes those of `count` blocks from b on that are candidates of the rows from r on.
+  HWY_ATTR void note_candidates(std::int64_t b, std::int64_t count, std::int64_t r) {
+    const FloatTag df;
+    const IntTag di;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    if (note_count_ + count * lanes > padded_rows_ * kNotes) list_notes();
+    const auto spread = hn::LoadU(df, spread_ + r);
+    const auto slack = hn::LoadU(df, slack_ + r);
+    const auto floor = hn::LoadU(df, floor_ + r);
+    const float* scores = largest(0, r);
+    const std::int64_t stride = block_stride();
+    std::uint64_t some = 0;  // blocks with a row
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto upper = hn::Add(hn::LoadU(df, scores + i * stride), error_of(window_bounds_[i], spread, slack));
+      some |= static_cast<std::uint64_t>(!hn::AllFalse(df, hn::Ge(upper, floor))) << i;
+    }
+    // Not Iota(r): g++ 12 makes it of scalars, through memory.
+    const auto rows = hn::Add(hn::Set(di, static_cast<std::int32_t>(r)), hn::Iota(di, 0));
+    const Notes notes = notes_;
+    std::int64_t at = note_count_;
+    for (; some != 0; some &= some - 1) {
+      const auto i = static_cast<std::int64_t>(__builtin_ctzll(some));
+      const auto score = hn::LoadU(df, scores + i * stride);
+      const auto error = error_of(window_bounds_[i], spread, slack);
+      const auto reaches = hn::Ge(hn::Add(score, error), floor);
+      const auto added = static_cast<std::int64_t>(hn::CountTrue(df, reaches));
+      hn::StoreU(hn::Compress(rows, hn::RebindMask(di, reaches)), di, notes.rows + at);
+      hn::StoreU(hn::Set(di, static_cast<std::int32_t>(b + i)), di, notes.blocks + at);
+      hn::StoreU(hn::Compress(score, reaches), df, notes.scores + at);
+      hn::StoreU(hn::Compress(error, reaches), df, notes.errors + at);
+      at += added;
+    }
+    note_count_ = at;
+  }
+
+  /// Takes what was noted into the lists of the rows, but for what the thresholds have passed since: most of it.
+  HWY_ATTR void list_notes() {
+    const FloatTag df;
+    const IntTag di;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    for (std::int64_t i = 0; i < note_count_; i += lanes) {
+      const auto noted = hn::FirstN(df, static_cast<std::size_t>(std::min(lanes, note_count_ - i)));
+      const auto rows = hn::IfThenElseZero(hn::RebindMask(di, noted), hn::LoadU(di, notes_.rows + i));
+      const auto upper = hn::Add(hn::LoadU(df, notes_.scores + i), hn::LoadU(df, notes_.errors + i));
+      const auto reaches = hn::Ge(upper, hn::GatherIndex(df, floor_, rows));
+      for_each_lane(hn::And(reaches, noted), [&](std::int64_t lane) HWY_ATTR {
+        append(notes_.rows[i + lane], {notes_.blocks[i + lane], notes_.scores[i + lane], notes_.errors[i + lane]});
+      });
+    }
+    note_count_ = 0;
+  }
+
+  void append(std::int64_t r, const Candidate& candidate) {
+    if (counts_[r] == capacity_ - 1) {  // the last place is for a block that the row sees in part
+      drop(r);
+      if (counts_[r] > candidate_limit(topk_)) give_up(r);
+    }
+    if (is_screened(r)) list(r)[counts_[r]++] = candidate;
+  }
+
+  /// Takes a lower bound each of the rows from r on into their highest ones, which are kept in order, a vector of rows
+  /// side by side: each is then what it was, the new one, or the one before it.
+  HWY_ATTR void raise_floors(std::int64_t r, FloatVec lower) {
+    const FloatTag df;
+    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+    float* bounds = lower_ + r * slots_;
+    auto before = hn::Set(df, kInfinity);
+    auto least = before;
+    for (std::int64_t i = 0; i < slots_; ++i) {
+      const auto here = hn::LoadU(df, bounds + i * lanes);
+      least = hn::Max(here, hn::Min(before, lower));
+      hn::StoreU(least, df, bounds + i * lanes);
+      before = here;
+    }
+    hn::StoreU(hn::Max(least, hn::LoadU(df, floor_ + r)), df, floor_ + r);  // the floor of no row is infinity
   }
 
   /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds
@@ -585,15 +739,44 @@ class ScreenedChunk {
     counts_[r] = kept;
   }
 
-  /// The nth highest of f(candidate), n from 1; -infinity when there are fewer.
+  /// The nth highest of f(candidate), n from 1 (0: infinity); -infinity when there are fewer.
   template <class F>
-  float nth_highest(std::int64_t r, std::int64_t n, const F& f) {
-    float values[candidate_capacity(kMaxTopk)];
+  HWY_ATTR float nth_highest(std::int64_t r, std::int64_t n, const F& f) {
+    alignas(64) float values[candidate_capacity(kMaxTopk) + hn::MaxLanes(FloatTag())];
     const std::int32_t count = counts_[r];
+    if (n < 1) return kInfinity;
     if (n > count) return -kInfinity;
     for (std::int32_t i = 0; i < count; ++i) values[i] = f(list(r)[i]);
+    if (count <= kFewCandidates) return nth_of_few(values, count, n);
     std::nth_element(values, values + n - 1, values + count, std::greater<float>());
     return values[n - 1];
+  }
+
+  /// Of few values, without a branch: the least of those that fewer than n others exceed. Writes behind the last.
+  static HWY_ATTR float nth_of_few(float* values, std::int32_t count, std::int64_t n) {
+    const FloatTag df;
+    const IntTag di;
+    const auto lanes = static_cast<std::int32_t>(hn::Lanes(df));
+    hn::StoreU(hn::Set(df, -kInfinity), df, values + count);
+    auto least = hn::Set(df, kInfinity);
+    for (std::int32_t i = 0; i < count; i += lanes) {
+      const auto here = hn::LoadU(df, values + i);
+      auto others = hn::Set(di, static_cast<std::int32_t>(n));  // to come until they are n
+      for (std::int32_t j = 0; j < count; ++j) {
+        const auto exceeds = hn::Gt(hn::Set(df, values[j]), here);
+        others = hn::Add(others, hn::VecFromMask(di, hn::RebindMask(di, exceeds)));
+      }
+      const auto is_among = hn::RebindMask(df, hn::Gt(others, hn::Zero(di)));
+      least = hn::IfThenElse(is_among, hn::Min(least, here), least);
+    }
+    return hn::GetLane(hn::MinOfLanes(df, least));
+  }
+
+  /// Raises the threshold to what the row's candidates say, and drops those that do not reach it.
+  void raise_floor(std::int64_t r) {
+    if (counts_[r] <= slots_) return;
+    floor_[r] = nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); });
+    drop(r);
   }
 
   void add_visit(std::int64_t& count, std::int64_t r, std::int64_t i) {
@@ -611,7 +794,7 @@ class ScreenedChunk {
       for (std::int64_t b = end_[r]; b < selection_.limit(r); ++b) {  // a block that the row sees in part
         list(r)[counts_[r]++] = {static_cast<std::int32_t>(b), 0.0f, kInfinity};
       }
-      drop(r);
+      raise_floor(r);
       if (counts_[r] <= slots_) continue;  // all of them are in
       const float threshold = nth_highest(r, slots_, [](const Candidate& c) { return c.score; });
       const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
@@ -626,16 +809,14 @@ class ScreenedChunk {
     return visits;
   }
 
-  /// Visits of all candidates that the bounds leave in doubt; floor_ and lower_[r][0] become the bounds of that
-  /// decision.
+  /// Visits of all candidates that the bounds leave in doubt; floor_ and above_ become the bounds of that decision.
   HWY_ATTR std::int64_t collect_contested() {
     std::int64_t visits = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) {
       if (!is_screened(r) || counts_[r] <= slots_) continue;
-      floor_[r] = nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); });
-      drop(r);
+      raise_floor(r);
       const float above = nth_highest(r, slots_ + 1, [](const Candidate& c) { return c.upper(); });
-      lower_[r * lower_stride_] = above;
+      above_[r] = above;
       for (std::int32_t i = 0; i < counts_[r]; ++i) {
         const Candidate& c = list(r)[i];
         if (!c.is_exact() && c.lower() <= above) add_visit(visits, r, i);
@@ -679,7 +860,7 @@ class ScreenedChunk {
       selection_.write_row(r, chosen, count);
       return;
     }
-    const float above = lower_[r * lower_stride_];
+    const float above = above_[r];
     for (std::int32_t i = 0; i < counts_[r]; ++i) {
       const Candidate& c = list(r)[i];
       if (!c.is_exact() && c.lower() > above) chosen[count++] = c.block;
@@ -708,17 +889,26 @@ class ScreenedChunk {
   // A row each. The score of a block is, in int8, (largest - offset) * scale * its scale, and in bf16 largest; its
   // error is spread * its error + slack * its norm.
   float* scale_ = nullptr;
+  float* above_ = nullptr;          // where scale_ was: a candidate whose lower bound is higher is in
   float* spread_ = nullptr;         // at least |scale * q8|, |q16|
   float* slack_ = nullptr;          // at least |q - scale * q8| + rounding * |q|, the same of q16
-  float* floor_ = nullptr;          // slots_-th highest lower bound so far
+  float* floor_ = nullptr;          // at most the slots_-th highest lower bound so far
   std::int32_t* offset_ = nullptr;  // 128 * sum of q8
   std::int32_t* end_ = nullptr;     // blocks below are screened; 0: the row is not
-  float* largest_ = nullptr;        // int32 in int8; [kScreenedTogether] of all rows
+  float* largest_ = nullptr;        // int32 in int8; see largest()
+  BlockBounds window_bounds_[kWindowBlocks];
   std::int32_t* counts_ = nullptr;  // candidates
-  float* lower_;
-  std::int64_t lower_stride_;
+  std::int64_t buckets_;
+  float* lower_;                    // [rows / lanes, buckets_, lanes]: the highest lower bound in each bucket of blocks
   Candidate* candidates_;
   std::uint64_t* visits_;
+  struct Notes {
+    std::int32_t* rows = nullptr;
+    std::int32_t* blocks = nullptr;
+    float* scores = nullptr;
+    float* errors = nullptr;
+  } notes_;
+  std::int64_t note_count_ = 0;
   std::byte* block_keys_;
 };
 

@@ -47,8 +47,8 @@ SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chun
   if (shape.screen_bytes != 0) {
     const std::int64_t capacity = candidate_capacity(shape.topk);
     layout.row_keys = cursor.take(rows * shape.screen_bytes / 4);
-    layout.row_bounds = cursor.take((7 + kScreenedTogether) * rows);
-    layout.lower = cursor.take(rows * padded_columns(shape.topk));
+    layout.row_bounds = cursor.take((7 + kWindowBlocks) * rows);
+    layout.lower = cursor.take(rows * bound_buckets(shape.topk));
     layout.candidates = cursor.take(floats_for(rows * capacity, sizeof(Candidate)));
     layout.visits = cursor.take(floats_for(rows * capacity, sizeof(std::uint64_t)));
     layout.block_keys = cursor.take(shape.is_screened_in_place ? 0 : shape.block_size * shape.screen_bytes / 4);

@@ -19,8 +19,9 @@ inline constexpr std::int64_t kFewRows = 64;
 inline constexpr std::int64_t kSpanKeys = 2048;
 /// Rows of a strip, side by side in lanes: two vectors of AVX-512.
 inline constexpr std::int64_t kStripRows = 32;
-/// Blocks between two prunings of the candidate lists, which are therefore that much longer than what a pruning leaves.
-inline constexpr std::int64_t kPruneBlocks = 64;
+/// Blocks whose products are looked at together: a vector of rows finds its bounds in the L1 cache for all of them. Lists
+/// of candidates are that much longer than what a pruning leaves.
+inline constexpr std::int64_t kWindowBlocks = 64;
 
 /// Blocks that may be screened in one go.
 inline constexpr std::int64_t kScreenedTogether = 8;
@@ -49,8 +50,8 @@ struct SelectionLayout {
   std::int64_t least = 0;       ///< int32 [rows], order key that a block must have to be taken
   std::int64_t row_ids = 0;     ///< int32 [rows], the rows that are not (or no longer) screened
   std::int64_t row_keys = 0;    ///< [rows] of screen_bytes, in groups of 16; from here on only with screening
-  std::int64_t row_bounds = 0;  ///< float or int32 [7 + kScreenedTogether, rows]: see ScreenedChunk
-  std::int64_t lower = 0;       ///< [rows, padded topk], the highest lower bounds
+  std::int64_t row_bounds = 0;  ///< float or int32 [7 + kWindowBlocks, rows]: see ScreenedChunk
+  std::int64_t lower = 0;       ///< [rows, bound_buckets(topk)], the highest lower bounds
   std::int64_t candidates = 0;  ///< Candidate [rows, candidate_capacity(topk)]
   std::int64_t visits = 0;      ///< uint64 [rows, candidate_capacity(topk)], (block, row, candidate) to be rescored
   std::int64_t block_keys = 0;  ///< [block_size] rows of screen_bytes, of a block that is not shared
@@ -58,12 +59,14 @@ struct SelectionLayout {
 };
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
 
+/// Buckets of blocks whose highest lower bound is kept: so many that most of the topk best blocks have one of their own.
+constexpr std::int64_t bound_buckets(std::int64_t topk) { return (4 * topk + 63) / 64 * 64; }
 /// Candidates a row may have left after a pruning; one with more is not screened further. On random keys int8 leaves
 /// three times topk of a row at its end and up to nine times on the way: a limit that one row in a hundred passes costs
 /// as much as those rows of sixteen do unscreened (docs/select-blocks.md).
 constexpr std::int64_t candidate_limit(std::int64_t topk) { return 12 * topk + 64; }
 /// Room of a row's list: what a pruning leaves, the blocks until the next one, and a partial block at the end.
-constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kPruneBlocks + 1; }
+constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kWindowBlocks + 1; }
 
 struct SelectionPlan : ChunkPlan {
   std::int64_t shared_blocks = 0;  ///< blocks that are quantised and bounded for all tasks; the others by each task

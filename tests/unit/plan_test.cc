@@ -243,8 +243,8 @@ TEST(LayOutSelection, KeepsPartsApart) {
     }
     EXPECT_GE(at.row_keys - at.row_ids, 5 * 4);
     EXPECT_GE((at.row_bounds - at.row_keys) * 4, 32 * 128);
-    EXPECT_GE(at.lower - at.row_bounds, (7 + kScreenedTogether) * 32);
-    EXPECT_GE(at.candidates - at.lower, 5 * 4 * 16);
+    EXPECT_GE(at.lower - at.row_bounds, (7 + kWindowBlocks) * 32);
+    EXPECT_GE(at.candidates - at.lower, 5 * 4 * bound_buckets(16));
     EXPECT_GE((at.visits - at.candidates) * 4,
               static_cast<std::int64_t>(sizeof(Candidate)) * 5 * 4 * candidate_capacity(16));
     EXPECT_GE((at.block_keys - at.visits) * 4, 8 * 5 * 4 * candidate_capacity(16));

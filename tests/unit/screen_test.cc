@@ -441,6 +441,7 @@ TEST(Int8Dot, EqualsItsDefinition) {
 }
 
 TEST(Bf16Max, IsTheLargestDotProduct) {
+  constexpr float kUnwritten = 1e30f;
   std::vector<std::pair<std::string, cpu::Bf16BlockMax>> kernels = {{"portable", cpu::bf16_block_max_portable}};
 #if defined(__x86_64__)
   std::optional<cpu::AmxTiles> tiles;
@@ -489,21 +490,23 @@ TEST(Bf16Max, IsTheLargestDotProduct) {
         blocks.key_count = key_count;
         blocks.dim = dim;
         blocks.count = count;
-        const std::int64_t apart = groups * 16 + 5;  // the results of two blocks
-        for (const auto& [name, run] : kernels) {
-          std::vector<float> actual(static_cast<std::size_t>(count * apart), std::numeric_limits<float>::quiet_NaN());
-          run(blocks, rows.data(), groups, groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()),
-              actual.data(), apart);
-          for (std::int64_t i = 0; i < count * apart; ++i) {
-            const float got = actual[static_cast<std::size_t>(i)];
-            if (i % apart >= groups * 16) {
-              ASSERT_TRUE(std::isnan(got)) << "written between the blocks";
-              continue;
+        // The results of a block side by side, or those of a group.
+        for (const auto& [block_stride, group_stride] : {std::pair(groups * 16 + 5, 16), std::pair(16, count * 16 + 5)}) {
+          for (const auto& [name, run] : kernels) {
+            std::vector<float> actual(static_cast<std::size_t>(count * block_stride + groups * group_stride), kUnwritten);
+            run(blocks, rows.data(), groups, groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()),
+                {actual.data(), block_stride, group_stride});
+            for (std::int64_t i = 0; i < count * groups * 16; ++i) {
+              const std::int64_t r = i % (groups * 16);
+              float& got = actual[static_cast<std::size_t>(i / (groups * 16) * block_stride + r / 16 * group_stride +
+                                                           r % 16)];
+              const auto at = static_cast<std::size_t>(i);
+              ASSERT_NEAR(static_cast<double>(got), expected[at], bounds[at])
+                  << name << ", " << count << " blocks of " << key_count << " keys, dim " << dim << ", " << groups
+                  << " groups, result " << i;
+              got = kUnwritten;
             }
-            const auto at = static_cast<std::size_t>(i / apart * groups * 16 + i % apart);
-            ASSERT_NEAR(static_cast<double>(got), expected[at], bounds[at])
-                << name << ", " << count << " blocks of " << key_count << " keys, dim " << dim << ", " << groups
-                << " groups, result " << i;
+            for (const float value : actual) ASSERT_EQ(value, kUnwritten) << "written beside the results";
           }
         }
       }
