@@ -42,7 +42,8 @@ MSA_AMX_TARGET inline __m512 tile_max(const Sums& sums, __m512 best) {
 }
 
 // Asks for what is read next, some lines a tile of sums: many at once would fill the queue of misses that the tiles'
-// own loads need.
+// own loads need. kHint: the cache to bring it to.
+template <_mm_hint kHint>
 class Ahead {
  public:
   Ahead(const std::byte* next, std::int64_t bytes, std::int64_t tiles)
@@ -51,7 +52,7 @@ class Ahead {
         step_((bytes / kLine + tiles - 1) / tiles * kLine) {}
   MSA_AMX_TARGET void ask() {
     for (const std::int64_t end = std::max<std::int64_t>(0, left_ - step_); left_ > end; left_ -= kLine, at_ += kLine) {
-      _mm_prefetch(at_, _MM_HINT_T1);
+      _mm_prefetch(at_, kHint);
     }
   }
 
@@ -60,6 +61,8 @@ class Ahead {
   std::int64_t left_;  // bytes
   std::int64_t step_;
 };
+using KeysAhead = Ahead<_MM_HINT_T1>;
+using RowsAhead = Ahead<_MM_HINT_T0>;
 
 // The largest sums of kGroups groups of rows side by side and each block, in the order in which they are multiplied:
 // all blocks of the groups, then those of the next.
@@ -115,15 +118,15 @@ MSA_AMX_TARGET inline void load_four_row_tiles(const std::uint16_t* rows) {
   _tile_loadd(7, rows + 3 * kRowTile, 64);
 }
 
-// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Amid the products of a tile the one
-// before is stored, and the one before that, which memory has by then, reduced; also across groups, so that the tile
-// unit does not idle where one ends.
+// 128 dimensions. Registers: rows 4 to 7, keys 2 and 3, sums 0 and 1 in turn. Sums are stored right before their
+// register is needed again, when the tile in between has its products, and reduced two tiles later, when memory has
+// them; also across groups, so that the tile unit does not idle where one ends.
 MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t groups,
-                                      Ahead& ahead, Largest<1> largest) {
-  alignas(64) Sums even;
-  alignas(64) Sums odd;
-  const auto add = [&](const Sums& sums) MSA_AMX_TARGET {
-    largest.add<0>(sums);
+                                      KeysAhead& ahead, Largest<1> largest) {
+  alignas(64) Sums sums[4];
+  const auto add = [&](std::int64_t tile) MSA_AMX_TARGET {
+    if (tile < 0) return;
+    largest.add<0>(sums[tile % 4]);
     largest.end_tile();
   };
   const std::int64_t stride = blocks.stride * 2;
@@ -131,51 +134,47 @@ MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint1
   std::int64_t tile = 0;
   for (std::int64_t g = 0; g < groups; ++g, rows += 4 * kRowTile) {
     load_four_row_tiles(rows);
+    const std::byte* next_rows = g + 1 < groups ? reinterpret_cast<const std::byte*>(rows + 4 * kRowTile) : nullptr;
+    RowsAhead rows_ahead(next_rows, 8 * kRowTile, keys / kTileKeys);
     const std::uint16_t* key = blocks.keys;
     for (std::int64_t j = 0; j < keys; j += kTileKeys, key += kTileKeys * blocks.stride, ++tile) {
       ahead.ask();
+      rows_ahead.ask();
+      _tile_loadd(2, key, stride);
+      _tile_loadd(3, key + kTileInner, stride);
       if (tile % 2 == 0) {
+        if (tile > 1) _tile_stored(0, sums[(tile - 2) % 4], 64);
         _tile_zero(0);
-        _tile_loadd(2, key, stride);
         _tile_dpbf16ps(0, 2, 4);
-        _tile_loadd(3, key + kTileInner, stride);
         _tile_dpbf16ps(0, 3, 5);
-        if (tile > 0) _tile_stored(1, odd, 64);
-        if (tile > 1) add(even);
         _tile_loadd(2, key + 2 * kTileInner, stride);
-        _tile_dpbf16ps(0, 2, 6);
         _tile_loadd(3, key + 3 * kTileInner, stride);
+        add(tile - 4);
+        _tile_dpbf16ps(0, 2, 6);
         _tile_dpbf16ps(0, 3, 7);
       } else {
+        if (tile > 1) _tile_stored(1, sums[(tile - 2) % 4], 64);
         _tile_zero(1);
-        _tile_loadd(2, key, stride);
         _tile_dpbf16ps(1, 2, 4);
-        _tile_loadd(3, key + kTileInner, stride);
         _tile_dpbf16ps(1, 3, 5);
-        _tile_stored(0, even, 64);
-        if (tile > 1) add(odd);
         _tile_loadd(2, key + 2 * kTileInner, stride);
-        _tile_dpbf16ps(1, 2, 6);
         _tile_loadd(3, key + 3 * kTileInner, stride);
+        add(tile - 4);
+        _tile_dpbf16ps(1, 2, 6);
         _tile_dpbf16ps(1, 3, 7);
       }
     }
   }
-  if (tile % 2 == 0) {
-    _tile_stored(1, odd, 64);
-    add(even);
-    add(odd);
-  } else {
-    _tile_stored(0, even, 64);
-    if (tile > 1) add(odd);
-    add(even);
-  }
+  const std::int64_t last = tile - 1;
+  _tile_stored(0, sums[(last - last % 2) % 4], 64);
+  if (last > 0) _tile_stored(1, sums[(last - 1 + last % 2) % 4], 64);
+  for (std::int64_t left = tile - 4; left < tile; ++left) add(left);
 }
 
 // 64 dimensions, pairs of groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and
 // 6, 7, keys 2 and 3, sums 0 and 1. Stored and reduced as in max_of_128.
 MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t pairs,
-                                     Ahead& ahead, Largest<2> largest) {
+                                     KeysAhead& ahead, Largest<2> largest) {
   alignas(64) Sums sums[2][2];
   const std::int64_t stride = blocks.stride * 2;
   const std::int64_t keys = blocks.count * blocks.key_count;
@@ -217,7 +216,7 @@ MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16
 }
 
 // Any other: two tiles of keys a time, each tile of rows loaded for both.
-MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint16_t* rows, Ahead& ahead,
+MSA_AMX_TARGET inline void max_of_any(const Bf16Blocks& blocks, const std::uint16_t* rows, KeysAhead& ahead,
                                       Largest<1> largest) {
   alignas(64) Sums sums0;
   alignas(64) Sums sums1;
@@ -255,7 +254,7 @@ MSA_AMX_TARGET void bf16_block_max_amx(const Bf16Blocks& blocks, const std::uint
                                        const std::byte* next, const Bf16Largest& largest) {
   const std::int64_t keys = blocks.count * blocks.key_count;
   const std::int64_t pairs = blocks.dim == 64 ? groups / 2 : 0;
-  Ahead ahead(next, keys * blocks.stride * 2, (groups - pairs) * (keys / kTileKeys));
+  KeysAhead ahead(next, keys * blocks.stride * 2, (groups - pairs) * (keys / kTileKeys));
   if (blocks.dim == 128) return max_of_128(blocks, rows, groups, ahead, Largest<1>(blocks, largest));
   if (pairs > 0) max_of_64(blocks, rows, pairs, ahead, Largest<2>(blocks, largest));
   for (std::int64_t g = 2 * pairs; g < groups; ++g) {
