@@ -30,7 +30,7 @@ namespace msa::cpu {
 namespace HWY_NAMESPACE {
 
 /// Keys as AmxVisit reads them; zeros behind the last key up to a whole tile and behind the last dimension.
-/// Row i + 16 is asked for as row i is read.
+/// A tile's rows are asked for before the tile in front of it is read.
 template <bool kIsBf16>
 HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t head_dim,
                              std::uint16_t* out) {
@@ -156,7 +156,7 @@ class AmxChunkAttention : public ChunkState {
     start_block(block, n);
     next_ = next;
     const std::int64_t rows = n * input_.shape.group_size;
-    const bool has_whole_tiles = input_.shape.group_size % 16 == 0;
+    const bool has_whole_tiles = group_fills_tiles();
     const bool lies_together = has_whole_tiles || fill_few_tiles(n);
     // Before the block is prepared, so that what is stored has arrived by the time it is read.
     if (!lies_together) stage(0, rows, staged_[0]);
@@ -232,6 +232,12 @@ class AmxChunkAttention : public ChunkState {
             largest_ + tile * 16, totals_ + tile * 16, nullptr};
   }
 
+  bool group_fills_tiles() const { return input_.shape.group_size % 16 == 0; }
+  // Whether member m and those behind it, since positions ascend, see the whole block, in whole tiles of probabilities.
+  bool all_see_block_from(std::int64_t m) const {
+    return block_keys_ % kBf16Inner == 0 && visible_keys(members_[m]) == block_keys_;
+  }
+
   // Tiles of the chunk that hold rows of the members.
   std::int64_t tiles_spanned(std::int64_t n) const {
     const std::int64_t group_size = input_.shape.group_size;
@@ -246,7 +252,7 @@ class AmxChunkAttention : public ChunkState {
   // Tiles of the chunk's own memory: all rows of each belong to members, or see nothing of the block.
   HWY_ATTR void add_in_place(std::int64_t n) {
     const std::int64_t group_size = input_.shape.group_size;
-    const bool whole_groups = group_size % 16 == 0;
+    const bool whole_groups = group_fills_tiles();
     const std::int64_t tiles = whole_groups ? n * group_size / 16 : tiles_spanned(n);
     const std::int64_t tiles_a_group = whole_groups ? group_size / 16 : 1;
     const std::int64_t first_tile = members_[0] * group_size / 16;
@@ -255,7 +261,7 @@ class AmxChunkAttention : public ChunkState {
     };
     const std::int64_t first_row = members_[0] * group_size;
     const std::int64_t end_row = (members_[n - 1] + 1) * group_size;
-    const bool sees_all = block_keys_ % kBf16Inner == 0 && visible_keys(members_[0]) == block_keys_;
+    const bool sees_all = all_see_block_from(0);
     std::int32_t visible[kMaxRowTiles][16];
     for (std::int64_t t = 0; t < tiles; t += kMaxRowTiles) {
       AmxVisit visit;
@@ -263,7 +269,6 @@ class AmxChunkAttention : public ChunkState {
       for (int k = 0; k < visit.row_tiles; ++k) {
         const std::int64_t tile = tile_at(t + k);
         visit.rows[k] = tile_of_chunk(tile);
-        // Members and positions ascend: when the first sees the whole block, all do.
         bool all = sees_all && tile * 16 >= first_row && tile * 16 + 16 <= end_row;
         for (std::int64_t r = 0; !all && r < 16; ++r) {
           const std::int64_t i = (tile * 16 + r) / group_size;
@@ -335,9 +340,8 @@ class AmxChunkAttention : public ChunkState {
       staged.totals[i] = totals_[row];
       copy_lines(sum_row(row), row_in_tiles(staged.sums, i, lines), lines);
     });
-    // Members and positions ascend: when the first sees the whole block, all do.
     const std::int64_t group_size = input_.shape.group_size;
-    const bool all = block_keys_ % kBf16Inner == 0 && visible_keys(members_[begin / group_size]) == block_keys_;
+    const bool all = all_see_block_from(begin / group_size);
     if (!all) {
       std::fill(staged.visible, staged.visible + rows, static_cast<std::int32_t>(block_keys_));
       for (std::int64_t r = begin; r < end; ++r) {
@@ -382,7 +386,8 @@ class AmxChunkAttention : public ChunkState {
     }
   }
 
-  // Asks for the queries and sums of the rows that are staged first in the next block.
+  // Asks for the queries and sums of the rows that are staged first in the next block. All at once: a chunk of few
+  // heads lies in the L2 cache, from where they are soon there.
   HWY_ATTR void ask_next_rows() const {
     const std::int64_t group_size = input_.shape.group_size;
     std::int64_t left = kStagedRows;
@@ -430,7 +435,7 @@ class AmxChunkAttention : public ChunkState {
       const std::int64_t end = (m + 1) * group_size;
       for (std::int64_t first = m * group_size; first < end; first += kStagedRows) {
         stage(first, end, staged_[0]);
-        run(staged_[0].visit, n * group_size);
+        run(staged_[0].visit, (m * group_size + group_size - first + 15) / 16 + m * ((group_size + 15) / 16));
         unstage_sums(first, staged_[0].end, staged_[0]);
       }
     });

@@ -38,15 +38,18 @@ constexpr float kLog2E = 1.44269504f;
 // exactly 1.
 constexpr float kFusedLargest = 128;
 // A row's reference is 0 where the largest of its first scores is near enough, else that score, until one exceeds it by
-// this many powers of two: rare enough that what was summed is hardly ever scaled, and few enough that values up to
-// 2^110 do not overflow the sums.
+// this many powers of two: rare enough that what was summed is hardly ever scaled, and few enough for values: below
+// 2^(112 - log2 n) the sums of n keys do not overflow.
 constexpr float kOctaves = 16;
-// The largest first score may lie this many powers of two below a reference of 0.
+// The largest first score may lie this many powers of two below a reference of 0: few enough for the products with
+// values above 2^-108 not to be flushed to 0.
 constexpr float kOctavesBelow = 18;
-// A visit's sum of probabilities below this: no score exceeded its reference by kOctaves.
-constexpr float kCertainlyBelow = 1 << 16;
-// And from here on, one score at least was not kOctavesBelow below the reference: 2^-10 of 256 keys is 2^-18 of one.
-constexpr float kCertainlyNear = 1.0f / (1 << 10);
+// Whether a row keeps its reference, or may take 0, is a matter of its largest score; what stands below is judged
+// without it, from a visit's sum of up to 256 probabilities, and has to imply the same. An octave is left for what the
+// roundings of the two differ. Below this, no score exceeded its reference by kOctaves:
+constexpr float kCertainlyBelow = 1 << 15;
+// And from here on, one score at least was not kOctavesBelow below the reference: 2^-9 of 256 keys is 2^-17 of one.
+constexpr float kCertainlyNear = 1.0f / (1 << 9);
 
 // ---- products ----
 
@@ -207,11 +210,11 @@ MSA_AMX_INLINE __mmask16 is_fused(__m512 largest) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(largest), _mm512_set1_ps(kFusedLargest), _CMP_LE_OQ);
 }
 
-// A pair of score tiles on their way to one tile of probabilities: rows whose references are known and fused.
+// A pair of score tiles on their way to one tile of probabilities, by fused exponents.
 struct ScorePair {
   const float* first;
   const float* second;
-  const float* shifts;  // of the rows: reference * log2(e)
+  const float* shifts;  // of the rows: reference * log2(e), 0 of new rows
   float* totals;        // [16][16], a row's sums lane by lane
   std::uint16_t* out;   // null: no pair
 };
@@ -252,20 +255,22 @@ MSA_AMX_INLINE bool add_totals(const float* visit_totals, const AmxRows& rows) {
   return true;
 }
 
-// Steps of a visit: a tile of scores and a tile of weighted sums.
+// Units of a visit's work, about as long as each other: four to a tile of scores with its probabilities, two to a tile
+// of weighted sums, which has half as much to do where head and value dimensions are equal.
 constexpr std::int64_t kScoreUnits = 4;
 constexpr std::int64_t kValueUnits = 2;
 
-// The lines that a visit asks for ahead, spread over its steps: what a step asks for at once waits for the 16 requests
+// The lines that a visit asks for ahead, spread over its units: what is asked for at once waits for the 16 requests
 // that a core can have on their way, and all else with it.
 class AheadPace {
  public:
+  AheadPace() = default;  // none
   explicit AheadPace(const AmxVisit& v) : lines_(v.ahead) {
-    const std::int64_t steps = v.row_tiles * (kScoreUnits * v.key_tiles + kValueUnits * v.value_tiles);
-    if (lines_ != nullptr) rate_ = ((v.ahead_lines << kShift) + steps - 1) / steps;
+    const std::int64_t units = v.row_tiles * (kScoreUnits * v.key_tiles + kValueUnits * v.value_tiles);
+    rate_ = ((v.ahead_lines << kShift) + units - 1) / units;
   }
-  MSA_AMX_INLINE void step(std::int64_t steps = 1) {
-    credit_ += rate_ * steps;
+  MSA_AMX_INLINE void pass(std::int64_t units) {
+    credit_ += rate_ * units;
     if (credit_ >> kShift == 0) return;
     lines_->ask(credit_ >> kShift);
     credit_ &= (std::int64_t{1} << kShift) - 1;
@@ -273,20 +278,22 @@ class AheadPace {
 
  private:
   static constexpr int kShift = 16;
-  PrefetchQueue* lines_;
-  std::int64_t rate_ = 0;  // lines a step, in 2^-kShift
+  PrefetchQueue* lines_ = nullptr;
+  std::int64_t rate_ = 0;  // lines a unit, in 2^-kShift
   std::int64_t credit_ = 0;
 };
 
-// First product and probabilities of tiles whose rows see all keys and have references or none yet. As long as no score
+// First product and probabilities of tiles whose rows see all keys and whose references, where there are any, are at
+// most kFusedLargest. As long as no score
 // exceeds its row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so a pair of
 // score tiles becomes probabilities amid the products of the next pair, be it of the same rows or of the next ones.
 // `holds[i]`: whether that was so for tiles[i].
 template <int kSteps>
-MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int count, AheadPace& pace, bool* holds) {
+MSA_AMX_TARGET void score_fused_rows(const AmxVisit& v, const int* tiles, int count, AheadPace& pace, bool* holds) {
   const __m512 scale = _mm512_set1_ps(v.scale * kLog2E);
   const std::int64_t pairs = v.key_tiles / 2;
   constexpr int kRows = 8 / kSteps;  // of probabilities, a step
+  static_assert(kScoreUnits % kSteps == 0);
   alignas(64) float shifts[2][16];
   alignas(64) float totals[2][16 * 16];
   float* ring[2] = {v.scores, v.scores + 2 * kTileSums};
@@ -310,38 +317,38 @@ MSA_AMX_TARGET void score_known_rows(const AmxVisit& v, const int* tiles, int co
       multiply_step<0, 0>(keys);
       store_sums<1>(ring[1] + kTileSums);
       fused_probabilities<0, kRows>(pair, scale);
-      pace.step(kScoreUnits / kSteps);
+      pace.pass(kScoreUnits / kSteps);
       multiply_step<1, 0>(keys);
       fused_probabilities<kRows, kRows>(pair, scale);
-      pace.step(kScoreUnits / kSteps);
+      pace.pass(kScoreUnits / kSteps);
       if constexpr (kSteps == 4) {
         multiply_step<2, 0>(keys);
         fused_probabilities<2 * kRows, kRows>(pair, scale);
-        pace.step(kScoreUnits / kSteps);
+        pace.pass(kScoreUnits / kSteps);
         multiply_step<3, 0>(keys);
         fused_probabilities<3 * kRows, kRows>(pair, scale);
-        pace.step(kScoreUnits / kSteps);
+        pace.pass(kScoreUnits / kSteps);
       }
       const std::uint16_t* second = keys + kSteps * kTileElements;
       zero_sums<1>();
       multiply_step<0, 1>(second);
       if (is_last) load_row_tile<0>(next);
       fused_probabilities<8, kRows>(pair, scale);
-      pace.step(kScoreUnits / kSteps);
+      pace.pass(kScoreUnits / kSteps);
       multiply_step<1, 1>(second);
       if (is_last) load_row_tile<1>(next);
       store_sums<0>(now);
       fused_probabilities<8 + kRows, kRows>(pair, scale);
-      pace.step(kScoreUnits / kSteps);
+      pace.pass(kScoreUnits / kSteps);
       if constexpr (kSteps == 4) {
         multiply_step<2, 1>(second);
         if (is_last) load_row_tile<2>(next);
         fused_probabilities<8 + 2 * kRows, kRows>(pair, scale);
-        pace.step(kScoreUnits / kSteps);
+        pace.pass(kScoreUnits / kSteps);
         multiply_step<3, 1>(second);
         if (is_last) load_row_tile<3>(next);
         fused_probabilities<8 + 3 * kRows, kRows>(pair, scale);
-        pace.step(kScoreUnits / kSteps);
+        pace.pass(kScoreUnits / kSteps);
       }
       const std::int64_t lines = kSteps * 16;
       for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l)
@@ -478,17 +485,17 @@ MSA_AMX_TARGET void add_values(const AmxVisit& v, const AmxRows& rows, const std
     multiply_column<kSteps, 0>(p, column, [&]() MSA_AMX_TARGET {
       if (column > 0) store_sums<1>(column_sums(column - 1));
       load_sums<1>(column_sums(column + 1));
-      pace.step(kValueUnits);
+      pace.pass(kValueUnits);
     });
     multiply_column<kSteps, 1>(p, column + 1, [&]() MSA_AMX_TARGET {
       store_sums<0>(column_sums(column));
       if (column + 2 < v.value_tiles) load_sums<0>(column_sums(column + 2));
-      pace.step(kValueUnits);
+      pace.pass(kValueUnits);
     });
   }
   if (column > 0) store_sums<1>(column_sums(column - 1));
   if (column < v.value_tiles) {
-    multiply_column<kSteps, 0>(p, column, []() MSA_AMX_TARGET {});
+    multiply_column<kSteps, 0>(p, column, [&]() MSA_AMX_TARGET { pace.pass(kValueUnits); });
     store_sums<0>(column_sums(column));
   }
 }
@@ -513,25 +520,25 @@ void add_values_of(const AmxVisit& v, AheadPace& pace) {
 template <int kSteps>
 MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v, AheadPace& pace) {
   const auto probabilities_of = [&](int t) { return v.probabilities + t * ((v.key_tiles + 1) / 2) * kTileElements; };
-  int known[kMaxRowTiles];
-  int known_count = 0;
+  int fused[kMaxRowTiles];
+  int fused_count = 0;
   for (int t = 0; t < v.row_tiles; ++t) {
     const AmxRows& rows = v.rows[t];
     const __m512 largest = _mm512_loadu_ps(rows.largest);
-    const bool is_known = kSteps != 0 && rows.visible == nullptr && v.key_tiles % 2 == 0 &&
+    const bool can_fuse = kSteps != 0 && rows.visible == nullptr && v.key_tiles % 2 == 0 &&
                           (is_fused(largest) | are_new(largest)) == 0xffff;
-    if (is_known) {
-      known[known_count++] = t;
+    if (can_fuse) {
+      fused[fused_count++] = t;
     } else {
-      pace.step(kScoreUnits * v.key_tiles);
+      pace.pass(kScoreUnits * v.key_tiles);
       score_any_rows<kSteps>(v, rows, probabilities_of(t));
     }
   }
   if constexpr (kSteps != 0) {
     bool holds[kMaxRowTiles];
-    if (known_count > 0) score_known_rows<kSteps>(v, known, known_count, pace, holds);
-    for (int i = 0; i < known_count; ++i) {
-      if (!holds[i]) score_any_rows<kSteps>(v, v.rows[known[i]], probabilities_of(known[i]));
+    if (fused_count > 0) score_fused_rows<kSteps>(v, fused, fused_count, pace, holds);
+    for (int i = 0; i < fused_count; ++i) {
+      if (!holds[i]) score_any_rows<kSteps>(v, v.rows[fused[i]], probabilities_of(fused[i]));
     }
   }
 }
@@ -564,7 +571,7 @@ void weigh_amx(const AmxVisit& visit, const float* scores) {
   for (int t = 0; t < visit.row_tiles; ++t) {
     weigh_rows(visit, visit.rows[t], scores + t * floats, visit.probabilities + t * elements);
   }
-  AheadPace none(visit);
+  AheadPace none;
   add_values_of(visit, none);
 }
 

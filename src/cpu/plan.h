@@ -76,7 +76,7 @@ struct AttentionShape {
 struct AttentionLayout {
   std::int64_t queries = 0;   ///< [chunk * group_size, head_dim]
   std::int64_t sums = 0;      ///< [chunk * group_size, value_dim], weighted sums of values
-  std::int64_t largest = 0;   ///< [chunk * group_size], what exponents are relative to, a maximum
+  std::int64_t largest = 0;   ///< [chunk * group_size], what exponents are relative to
   std::int64_t totals = 0;    ///< [chunk * group_size], running sum of the exponentials
   std::int64_t keys = 0;      ///< [head_dim, padded_stride(block_size)]
   std::int64_t values = 0;    ///< [block_size, padded_stride(value_dim)]

@@ -2,6 +2,7 @@
 // Plans of the cpu backend as pure functions: every query in exactly one chunk, scratch memory inside the limit, parts
 // of a worker's scratch apart from each other, and an error that names the bytes when nothing fits.
 #include "src/cpu/bf16_dot.h"
+#include "src/cpu/attention_amx.h"
 #include "src/cpu/plan.h"
 
 #include <gtest/gtest.h>
@@ -217,8 +218,8 @@ TEST(LayOutAttention, KeepsPartsApartInTiles) {
   EXPECT_GE(at.values - at.keys, 16 * 96 / 2);
   EXPECT_GE(at.scores - at.values, 32 * 48 / 2);  // 16 keys padded to 32
   EXPECT_GE(at.staged_queries - at.scores, 32 * 32);
-  EXPECT_GE(at.staged_sums - at.staged_queries, 32 * 96 / 2);
-  EXPECT_GE(at.visits - at.staged_sums, 32 * 48);
+  EXPECT_GE(at.staged_sums - at.staged_queries, 2 * kStagedRows * 96 / 2);
+  EXPECT_GE(at.visits - at.staged_sums, 2 * kStagedRows * 48);
   EXPECT_GE(at.members - at.visits, 6 * 7 * 2);
   EXPECT_EQ(at.scores % 16, 0);
   EXPECT_EQ(at.keys % 16, 0);

@@ -223,6 +223,54 @@ TEST(SparseAttentionRules, HeadsOfAGroupDoNotNoticeEachOther) {
   });
 }
 
+// Scores within a rounding of where a kernel may decide one way or the other: how it decides must not depend on the
+// heads beside. `first` is the score of every key of the first block, `second` of one key of the second, before
+// scaling; as sums of three bf16 numbers they are exact.
+void expect_heads_apart_at(const double (&first)[3], const double (&second)[3], double scale) {
+  Problem problem(Case{{16, 1, 64, 64, 16, 64, 3}, {{3, 192}}, DType::kBFloat16});
+  for (std::int64_t d = 0; d < 64; ++d) {
+    for (std::int64_t t = 0; t < 3; ++t) {
+      for (std::int64_t h = 0; h < 16; ++h) problem.q.set(d < 3 ? 1 : 0, t, h, d);
+    }
+    for (std::int64_t t = 0; t < 192; ++t) {
+      const bool is_second = t == 70;
+      problem.k.set(d > 2 ? 0 : t < 64 ? first[d] : is_second ? second[d] : d == 0 ? -400 : 0, t, 0, d);
+    }
+  }
+  Problem poisoned = problem;
+  for (std::int64_t t = 0; t < 3; ++t) poisoned.q.set(std::numeric_limits<double>::quiet_NaN(), t, 9, 7);
+  for_each_target(Targets::kCpu, [&](const Context& context) {
+    SparseAttentionParams params = problem.sparse_params();
+    SparseAttentionParams with_nan = poisoned.sparse_params();
+    params.scale = with_nan.scale = scale;
+    const AttentionResult expected = run_sparse(context, params);
+    const AttentionResult got = run_sparse(context, with_nan);
+    for (std::int64_t t = 0; t < 3; ++t) {
+      for (std::int64_t h = 0; h < 16; ++h) {
+        if (h != 9) {
+          ASSERT_EQ(got.lse.at(t, h), expected.lse.at(t, h)) << t << " " << h;
+        }
+      }
+    }
+  });
+}
+
+TEST(SparseAttentionRules, DecisionsAtTheEdgeAreTheRowsOwn) {
+  // 16 powers of two above the first: one way of rounding is beyond, the other is not.
+  expect_heads_apart_at({-206, -0.4140625, -0.0017242431640625}, {-117.5, -0.1923828125, -0.00055694580078125}, 0.125);
+  // Around 18 powers of two below 0, and around 16 above.
+  for (int step = -40; step <= 40; ++step) {
+    const double low = -12.4766 * 8 + step * 0x1p-15;
+    const double high = 11.0904 * 8 + step * 0x1p-15;
+    for (const double score : {low, high}) {
+      const double head = std::floor(score);
+      const double middle = std::floor((score - head) * 256) / 256;
+      expect_heads_apart_at({head, middle, std::round((score - head - middle) * 0x1p15) * 0x1p-15}, {-400, 0, 0},
+                            0.125);
+    }
+  }
+}
+
 TEST(SparseAttentionRules, RowsWithoutBlocksAreInert) {
   Problem problem(Case{{4, 2, 32, 48, 16, 16, 2}, {{6, 40}, {3, 3}}});
   for (const std::int64_t row : {0, 3, 8}) {
