@@ -846,26 +846,43 @@ class ScreenedChunk {
   /// Scores the visits exactly, block by block.
   HWY_ATTR void rescore(std::int64_t count) {
     std::sort(visits_, visits_ + count);
+    const auto block_of = [&](std::int64_t visit) { return static_cast<std::int64_t>(visits_[visit] >> 32); };
+    for (std::int64_t first = 0; first < count;) {
+      std::int64_t last = first + 1;
+      while (last < count && block_of(last) == block_of(first)) ++last;
+      rescore_block(block_of(first), first, last);
+      first = last;
+    }
+  }
+
+  /// The visits [first, last) are those of one block. A few of them: its keys side by side in lanes, and a row after the
+  /// other. More: the rows in lanes.
+  HWY_ATTR void rescore_block(std::int64_t block, std::int64_t first, std::int64_t last) {
+    constexpr std::int64_t kFewVisits = 4;  // turning the keys costs as much as eight rows then do
     alignas(64) float strip[kMaxHeadDim * kStripRows];
     alignas(64) float scores[kStripRows];
     std::int32_t ids[kStripRows];
-    for (std::int64_t visit = 0; visit < count;) {
-      const std::uint64_t block = visits_[visit] >> 32;
-      const std::int64_t key_count = selection_.load_block(static_cast<std::int64_t>(block));
-      while (visit < count && visits_[visit] >> 32 == block) {
-        std::int64_t n = 0;
-        for (; n < kStripRows && visit + n < count && visits_[visit + n] >> 32 == block; ++n) {
-          ids[n] = static_cast<std::int32_t>(visits_[visit + n] >> 12 & 0xfffff);
-        }
-        selection_.pack_rows(ids, n, strip);
-        selection_.score_strip(ids, n, strip, static_cast<std::int64_t>(block), key_count, scores);
-        for (std::int64_t i = 0; i < n; ++i) {
-          Candidate& candidate = list(ids[i])[visits_[visit + i] & 0xfff];
-          candidate.score = scores[i];
-          candidate.error = Candidate::kExact;
-        }
-        visit += n;
+    const auto row_of = [&](std::int64_t visit) {
+      return static_cast<std::int32_t>(visits_[visit] >> 12 & 0xfffff);
+    };
+    const auto take = [&](std::int64_t visit, float score) {
+      Candidate& candidate = list(row_of(visit))[visits_[visit] & 0xfff];
+      candidate.score = score;
+      candidate.error = Candidate::kExact;
+    };
+    if (last - first <= kFewVisits) {
+      for (std::int64_t visit = first; visit < last; ++visit) {
+        take(visit, selection_.score_row(row_of(visit), block, strip));
       }
+      return;
+    }
+    const std::int64_t key_count = selection_.load_block(block);
+    for (std::int64_t visit = first; visit < last; visit += kStripRows) {
+      const std::int64_t n = std::min(kStripRows, last - visit);
+      for (std::int64_t i = 0; i < n; ++i) ids[i] = row_of(visit + i);
+      selection_.pack_rows(ids, n, strip);
+      selection_.score_strip(ids, n, strip, block, key_count, scores);
+      for (std::int64_t i = 0; i < n; ++i) take(visit + i, scores[i]);
     }
   }
 

@@ -126,6 +126,20 @@ inline HWY_ATTR void offer_row(RowTopk& top, std::int32_t first_block, const flo
   for (; i < count; ++i) top.offer(first_block + static_cast<std::int32_t>(i), scores[i]);
 }
 
+/// Turns `count` keys, at most kStripRows, from position `begin` on into a strip. The sequence is read up to position
+/// `last`.
+inline HWY_ATTR void pack_keys(const core::KeyRows& key_rows, DType dtype, std::int64_t sequence, std::int64_t begin,
+                               std::int64_t count, std::int64_t last, std::int64_t dim, float* HWY_RESTRICT strip) {
+  const std::int64_t token_bytes = key_rows.token_stride_bytes();
+  const std::byte* from[kStripRows];
+  for (std::int64_t i = 0; i < count; ++i) {  // 16 rows never straddle pages: a page is a multiple of 16 tokens
+    from[i] = i % 16 == 0 ? key_rows.row(sequence, begin + i) : from[i - 1] + token_bytes;
+  }
+  // Hardware prefetchers stop at the end of every 4 KiB: a strip or two.
+  const std::int64_t ahead = begin + 2 * kStripRows <= last ? kStripRows * token_bytes : 0;
+  pack_strip(from, count, dtype, dim, strip, ahead);
+}
+
 /// A chunk of queries, all groups: loads rows and blocks, and scores ones against the others. `scratch` is laid out by
 /// `layout`.
 class SelectionChunk {
@@ -205,6 +219,20 @@ class SelectionChunk {
       visible[i] = static_cast<std::int32_t>(std::min(key_count, position_of(ids[i]) + 1 - begin));
     }
     strip_scores(scores_, key_count, visible, width, out);
+  }
+
+  /// The score of row r and a block that it sees some of. `strip` has room for kStripRows keys.
+  HWY_ATTR float score_row(std::int64_t r, std::int64_t block, float* strip) {
+    const std::int64_t begin = block * params_.block_size;
+    const std::int64_t count = std::min(params_.block_size, position_of(r) + 1 - begin);
+    for (std::int64_t j = 0; j < count; j += kStripRows) {
+      const std::int64_t here = std::min(kStripRows, count - j);
+      pack_keys(key_rows_, params_.k_idx.dtype, choices_.sequence().index, begin + j, here, begin + count - 1, dim_,
+                strip);
+      product(1, padded_columns(here), dim_, query_row(r), dim_, 1, strip, kStripRows, scores_ + j, kStripRows,
+              Sums::kReplace);
+    }
+    return block_score(scores_, count);
   }
 
   /// Scores all candidates of the `count` rows ids, ascending, and leaves the best in their top().
@@ -298,20 +326,13 @@ inline HWY_ATTR void score_span(const SelectBlocksParams& params, const SpanLayo
   const core::KeyRows key_rows(params.k_idx, params.batch);
   load_query_rows(params.q_idx, sequence.query_begin, sequence.queries, 0, groups, queries);
   const std::int64_t last_position = choices.position(sequence.queries - 1);
-  const std::int64_t token_bytes = key_rows.token_stride_bytes();
   for (std::int64_t b = first; b < last; ++b) {
     const std::int64_t begin = b * params.block_size;
     const std::int64_t count = std::min(params.block_size, last_position + 1 - begin);
     // A strip of keys stays in the L1 cache from its turning to its last row.
     for (std::int64_t j = 0; j < count; j += kStripRows) {
       const std::int64_t here = std::min(kStripRows, count - j);
-      const std::byte* from[kStripRows];
-      for (std::int64_t i = 0; i < here; ++i) {  // 16 rows never straddle pages: a page is a multiple of 16 tokens
-        from[i] = i % 16 == 0 ? key_rows.row(sequence.index, begin + j + i) : from[i - 1] + token_bytes;
-      }
-      // Hardware prefetchers stop at the end of every 4 KiB: a strip or two.
-      const std::int64_t ahead = begin + j + 2 * kStripRows <= last_position ? kStripRows * token_bytes : 0;
-      pack_strip(from, here, params.k_idx.dtype, dim, keys, ahead);
+      pack_keys(key_rows, params.k_idx.dtype, sequence.index, begin + j, here, last_position, dim, keys);
       product(rows, padded_columns(here), dim, queries, dim, 1, keys, kStripRows, scores + j, stride, Sums::kReplace);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
