@@ -42,8 +42,8 @@ MSA_AMX_TARGET inline __m512 tile_max(const Sums& sums, __m512 best) {
 }
 
 // Asks for what is read next, some lines a tile of sums: many at once would fill the queue of misses that the tiles'
-// own loads need. kHint: the cache to bring it to.
-template <_mm_hint kHint>
+// own loads need. kLevel: the cache to bring it to.
+template <int kLevel>
 class Ahead {
  public:
   Ahead(const std::byte* next, std::int64_t bytes, std::int64_t tiles)
@@ -52,7 +52,7 @@ class Ahead {
         step_((bytes / kLine + tiles - 1) / tiles * kLine) {}
   MSA_AMX_TARGET void ask() {
     for (const std::int64_t end = std::max<std::int64_t>(0, left_ - step_); left_ > end; left_ -= kLine, at_ += kLine) {
-      _mm_prefetch(at_, kHint);
+      __builtin_prefetch(at_, 0, 4 - kLevel);
     }
   }
 
@@ -61,8 +61,8 @@ class Ahead {
   std::int64_t left_;  // bytes
   std::int64_t step_;
 };
-using KeysAhead = Ahead<_MM_HINT_T1>;
-using RowsAhead = Ahead<_MM_HINT_T0>;
+using KeysAhead = Ahead<2>;
+using RowsAhead = Ahead<1>;
 
 // The largest sums of kGroups groups of rows side by side and each block, in the order in which they are multiplied:
 // all blocks of the groups, then those of the next.
