@@ -29,9 +29,9 @@ struct Bf16Largest {
   std::int64_t group_stride = kBf16GroupRows;
 };
 
-/// The largest of block b and row r of group g = max over the keys of block b of sum over d < dim of key(j, d) * row(g, r,
-/// d), up to rounding: each sum is made of the exact products by `dim` float additions in any order. Subnormal operands
-/// and sums may count as 0.
+/// The largest of block b and row r of group g = max over the keys of block b of sum over d < dim of key(j, d) * row(g,
+/// r, d), up to rounding: each sum is made of the exact products by `dim` float additions in any order. Subnormal
+/// operands and sums may count as 0.
 ///   rows  bf16 [groups, dim / 2, 16, 2], 64-byte aligned
 ///   next  bytes that the caller reads next, as many as the keys' rows take up; may be asked for ahead. Null: none
 /// All elements are finite.

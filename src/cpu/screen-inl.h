@@ -223,9 +223,9 @@ inline HWY_ATTR FloatVec sum_quarters(FloatVec a, FloatVec b, FloatVec c, FloatV
   return hn::Add(hn::BitCast(df, hn::InterleaveLower(d64, ab, cd)), hn::BitCast(df, hn::InterleaveUpper(d64, ab, cd)));
 }
 
-/// Bounds of keys that are bf16 already, rows of `stride` elements; count is a multiple of 4, dim of 32. The largest sum
-/// of squares is found for each 128 bits of a vector on its own, and those are added up: a little too much, where summing
-/// up whole vectors of every key would take longer than reading the keys.
+/// Bounds of keys that are bf16 already, rows of `stride` elements; count is a multiple of 4, dim of 32. The largest
+/// sum of squares is found for each 128 bits of a vector on its own, and those are added up: a little too much, where
+/// summing up whole vectors of every key would take longer than reading the keys.
 inline HWY_ATTR BlockBounds bound_block(const std::uint16_t* keys, std::int64_t stride, std::int64_t count,
                                         std::int64_t dim) {
   const FloatTag df;
@@ -360,6 +360,7 @@ class ScreenedChunk {
  private:
   // Candidates are noted one behind the other, whatever row they are of, until there are this many a row on average.
   static constexpr std::int64_t kNotes = kWindowBlocks;
+  static constexpr std::int64_t kManyNotes = 16;  // of a window and row, where new blocks are no better than the others
   // Neighbouring blocks that share a bucket. Seldom are two of the best neighbours.
   static constexpr std::int64_t kBucketBlocks = 2;
   static_assert(kWindowBlocks == 64 && kWindowBlocks % kBucketBlocks == 0);
@@ -454,8 +455,9 @@ class ScreenedChunk {
     const std::int64_t groups = padded_rows_ / kInt8Rows;
     std::int64_t last = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) last = std::max<std::int64_t>(last, end_[r]);
-    std::int64_t group = 0;  // first one with a row that may choose the block
+    std::int64_t group = 0;   // first one with a row that may choose the block
     std::int64_t raised = 0;  // blocks that the thresholds know of
+    std::int64_t noted = 0;   // candidates of the window before
     for (std::int64_t b = begin; b < last; b += kWindowBlocks) {
       const auto ends = [&](std::int64_t g) {
         return *std::max_element(end_ + g * kInt8Rows, end_ + (g + 1) * kInt8Rows) <= b;
@@ -465,23 +467,26 @@ class ScreenedChunk {
       const std::int64_t count = std::min(kWindowBlocks, last - b);
       const std::int64_t seen = b + count - begin;
       multiply_window(b, count, last, group, groups);
-      // Thresholds rise ever more slowly.
-      const bool raises = 2 * seen >= 3 * raised || b + count == last;
+      // Thresholds rise ever more slowly, unless later blocks are better.
+      const bool raises = 2 * seen >= 3 * raised || noted > kManyNotes * padded_rows_ || b + count == last;
       if (raises) raised = seen;
-      for (std::int64_t r = group * kInt8Rows; r < padded_rows_; r += static_cast<std::int64_t>(hn::Lanes(FloatTag()))) {
+      noted = 0;
+      for (std::int64_t r = group * kInt8Rows; r < padded_rows_;
+           r += static_cast<std::int64_t>(hn::Lanes(FloatTag()))) {
         finish_scores(b, count, r);
         keep_lower_bounds(b - begin, count, r);
         if (raises) raise_floors(r);
-        note_candidates(b, count, r);
+        noted += note_candidates(b, count, r);
       }
+      if (2 * noted > count * padded_rows_) list_notes();  // for rows whose bounds tell too little to be found soon
       prune(seen);
     }
     list_notes();
     prune(last - begin);
   }
 
-  /// largest_ and window_bounds_ of the blocks [first, first + count), the rows in groups [group, groups) of 16. The scan
-  /// ends before block `last`.
+  /// largest_ and window_bounds_ of the blocks [first, first + count), the rows in groups [group, groups) of 16. The
+  /// scan ends before block `last`.
   HWY_ATTR void multiply_window(std::int64_t first, std::int64_t count, std::int64_t last, std::int64_t group,
                                 std::int64_t groups) {
     for (std::int64_t i = 0; i < count;) {
@@ -645,8 +650,8 @@ class ScreenedChunk {
     hn::StoreU(low, df, floor_ + r);
   }
 
-  /// Notes those of `count` blocks from b on that are candidates of the rows from r on.
-  HWY_ATTR void note_candidates(std::int64_t b, std::int64_t count, std::int64_t r) {
+  /// Notes those of `count` blocks from b on that are candidates of the rows from r on; returns how many.
+  HWY_ATTR std::int64_t note_candidates(std::int64_t b, std::int64_t count, std::int64_t r) {
     const FloatTag df;
     const IntTag di;
     const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
@@ -677,7 +682,9 @@ class ScreenedChunk {
       hn::StoreU(hn::Compress(error, reaches), df, notes.errors + at);
       at += added;
     }
+    const std::int64_t noted = at - note_count_;
     note_count_ = at;
+    return noted;
   }
 
   /// Takes what was noted into the lists of the rows, but for what the thresholds have passed since: most of it.
@@ -699,7 +706,7 @@ class ScreenedChunk {
 
   void append(std::int64_t r, const Candidate& candidate) {
     if (counts_[r] == capacity_ - 1) {  // the last place is for a block that the row sees in part
-      drop(r);
+      raise_floor(r);
       if (counts_[r] > candidate_limit(topk_)) give_up(r);
     }
     if (is_screened(r)) list(r)[counts_[r]++] = candidate;
@@ -733,7 +740,7 @@ class ScreenedChunk {
         lost += selection_.limit(r) > 0;
         continue;
       }
-      if (counts_[r] > most) drop(r);
+      if (counts_[r] > most) raise_floor(r);
       if (counts_[r] > most) {
         give_up(r);
         ++lost;
@@ -855,16 +862,14 @@ class ScreenedChunk {
     }
   }
 
-  /// The visits [first, last) are those of one block. A few of them: its keys side by side in lanes, and a row after the
-  /// other. More: the rows in lanes.
+  /// The visits [first, last) are those of one block. A few of them: its keys side by side in lanes, and a row after
+  /// the other. More: the rows in lanes.
   HWY_ATTR void rescore_block(std::int64_t block, std::int64_t first, std::int64_t last) {
     constexpr std::int64_t kFewVisits = 4;  // turning the keys costs as much as eight rows then do
     alignas(64) float strip[kMaxHeadDim * kStripRows];
     alignas(64) float scores[kStripRows];
     std::int32_t ids[kStripRows];
-    const auto row_of = [&](std::int64_t visit) {
-      return static_cast<std::int32_t>(visits_[visit] >> 12 & 0xfffff);
-    };
+    const auto row_of = [&](std::int64_t visit) { return static_cast<std::int32_t>(visits_[visit] >> 12 & 0xfffff); };
     const auto take = [&](std::int64_t visit, float score) {
       Candidate& candidate = list(row_of(visit))[visits_[visit] & 0xfff];
       candidate.score = score;
@@ -934,7 +939,7 @@ class ScreenedChunk {
   BlockBounds window_bounds_[kWindowBlocks];
   std::int32_t* counts_ = nullptr;  // candidates
   std::int64_t buckets_;
-  float* lower_;                    // [rows / lanes, buckets_, lanes]: the highest lower bound in each bucket of blocks
+  float* lower_;  // [rows / lanes, buckets_, lanes]: the highest lower bound in each bucket of blocks
   Candidate* candidates_;
   std::uint64_t* visits_;
   struct Notes {

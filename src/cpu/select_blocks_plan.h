@@ -19,8 +19,8 @@ inline constexpr std::int64_t kFewRows = 64;
 inline constexpr std::int64_t kSpanKeys = 2048;
 /// Rows of a strip, side by side in lanes: two vectors of AVX-512.
 inline constexpr std::int64_t kStripRows = 32;
-/// Blocks whose products are looked at together: a vector of rows finds its bounds in the L1 cache for all of them. Lists
-/// of candidates are that much longer than what a pruning leaves.
+/// Blocks whose products are looked at together: a vector of rows finds its bounds in the L1 cache for all of them.
+/// Lists of candidates are that much longer than what a pruning leaves.
 inline constexpr std::int64_t kWindowBlocks = 64;
 
 /// Blocks that may be screened in one go.
@@ -59,7 +59,8 @@ struct SelectionLayout {
 };
 SelectionLayout lay_out_selection(const SelectionShape& shape, std::int64_t chunk);
 
-/// Buckets of blocks whose highest lower bound is kept: so many that most of the topk best blocks have one of their own.
+/// Buckets of blocks whose highest lower bound is kept: so many that most of the topk best blocks have one of their
+/// own.
 constexpr std::int64_t bound_buckets(std::int64_t topk) { return (4 * topk + 63) / 64 * 64; }
 /// Candidates a row may have left after a pruning; one with more is not screened further. On random keys int8 leaves
 /// three times topk of a row at its end and up to nine times on the way: a limit that one row in a hundred passes costs

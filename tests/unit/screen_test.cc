@@ -293,16 +293,33 @@ TEST_P(ScreenedSelection, InPlaceEqualsTheUnscreenedOne) {
 }
 
 TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
-  // Long enough for several prunings and for rows that are given up on the way, which the second half of the keys
-  // causes.
+  // Long enough for several windows, for lists that overflow, and for rows that are given up on the way.
+  enum class Course {
+    kEven,
+    kSwamped,    // the second half of the keys gives up all rows
+    kRising,     // every window has better blocks than all before
+    kDullRows,   // rows whose scores are all 0, among others: their lists overflow
+    kDullBlocks  // blocks without bounds on the way
+  };
   for (const auto& [dim, block_size, topk] :
        std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{{64, 16, 4}, {32, 16, 64}, {128, 32, 16}}) {
     Problem problem(Case{{3, 3, 16, 16, dim, block_size, topk}, {{44, block_size * 420 + 3}}});
-    for (const bool swamped : {false, true}) {
+    const std::int64_t keys = problem.k_idx.size(0);
+    for (const Course course :
+         {Course::kEven, Course::kSwamped, Course::kRising, Course::kDullRows, Course::kDullBlocks}) {
+      SCOPED_TRACE("dim " + std::to_string(dim) + ", course " + std::to_string(static_cast<int>(course)));
       Random random(9);
       fill(problem, Kind::kNormal, random);
-      if (swamped) {
-        for (std::int64_t i = problem.k_idx.size(0) / 2; i < problem.k_idx.size(0); ++i) problem.k_idx.set(1e4, i, 3);
+      for (std::int64_t i = 0; i < keys; ++i) {
+        const double part = static_cast<double>(i) / static_cast<double>(keys);
+        if (course == Course::kSwamped && i >= keys / 2) problem.k_idx.set(1e4, i, 3);
+        if (course == Course::kDullBlocks && i % (block_size * 37) == 5) problem.k_idx.set(kNaN, i, 3);
+        for (std::int64_t d = 0; course == Course::kRising && d < dim; ++d) {
+          problem.k_idx.set((1 + 30 * part) * problem.k_idx.at(i, d), i, d);
+        }
+      }
+      for (std::int64_t i = 0; course == Course::kDullRows && i < problem.q_idx.size(0); i += 7) {
+        for (std::int64_t d = 0; d < dim; ++d) problem.q_idx.set(0, i, i % 3, d);
       }
       expect_screening_changes_nothing(problem.select_params());
     }
@@ -491,15 +508,17 @@ TEST(Bf16Max, IsTheLargestDotProduct) {
         blocks.dim = dim;
         blocks.count = count;
         // The results of a block side by side, or those of a group.
-        for (const auto& [block_stride, group_stride] : {std::pair(groups * 16 + 5, 16), std::pair(16, count * 16 + 5)}) {
+        for (const auto& [block_stride, group_stride] :
+             {std::pair(groups * 16 + 5, 16), std::pair(16, count * 16 + 5)}) {
           for (const auto& [name, run] : kernels) {
-            std::vector<float> actual(static_cast<std::size_t>(count * block_stride + groups * group_stride), kUnwritten);
+            std::vector<float> actual(static_cast<std::size_t>(count * block_stride + groups * group_stride),
+                                      kUnwritten);
             run(blocks, rows.data(), groups, groups == 3 ? nullptr : reinterpret_cast<const std::byte*>(keys.data()),
                 {actual.data(), block_stride, group_stride});
             for (std::int64_t i = 0; i < count * groups * 16; ++i) {
               const std::int64_t r = i % (groups * 16);
-              float& got = actual[static_cast<std::size_t>(i / (groups * 16) * block_stride + r / 16 * group_stride +
-                                                           r % 16)];
+              float& got =
+                  actual[static_cast<std::size_t>(i / (groups * 16) * block_stride + r / 16 * group_stride + r % 16)];
               const auto at = static_cast<std::size_t>(i);
               ASSERT_NEAR(static_cast<double>(got), expected[at], bounds[at])
                   << name << ", " << count << " blocks of " << key_count << " keys, dim " << dim << ", " << groups
