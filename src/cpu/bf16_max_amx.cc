@@ -171,8 +171,8 @@ MSA_AMX_TARGET inline void max_of_128(const Bf16Blocks& blocks, const std::uint1
   for (std::int64_t left = tile - 4; left < tile; ++left) add(left);
 }
 
-// 64 dimensions, pairs of groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5 and
-// 6, 7, keys 2 and 3, sums 0 and 1. Stored and reduced as in max_of_128.
+// 64 dimensions, pairs of groups of rows, so that each tile of keys is loaded for two products. Registers: rows 4, 5
+// and 6, 7, keys 2 and 3, sums 0 and 1. Stored and reduced as in max_of_128.
 MSA_AMX_TARGET inline void max_of_64(const Bf16Blocks& blocks, const std::uint16_t* rows, std::int64_t pairs,
                                      KeysAhead& ahead, Largest<2> largest) {
   alignas(64) Sums sums[2][2];
