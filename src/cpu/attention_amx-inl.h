@@ -33,11 +33,12 @@ namespace HWY_NAMESPACE {
 /// A tile's rows are asked for before the tile in front of it is read.
 template <bool kIsBf16>
 HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t head_dim,
-                             std::uint16_t* out) {
+                             std::uint16_t* out, PrefetchQueue& ahead) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const std::int64_t row_bytes = head_dim * static_cast<std::int64_t>(dtype_size(dtype));
   for (std::int64_t j = 0; j < count; j += 16) {
     if (j % kBf16Inner == 0) keep_tiles_awake();
+    ahead.ask(row_bytes / 32);
     const std::int64_t here = std::min<std::int64_t>(16, count - j);
     for (std::int64_t i = j + 16; i < std::min(j + 32, count); ++i) prefetch_ahead(rows[i], 0, row_bytes);
     for (std::int64_t d = 0; d < head_dim; d += 32, out += kTileElements) {
@@ -58,7 +59,7 @@ HWY_ATTR void pack_key_tiles(const std::byte* const* rows, DType dtype, std::int
 /// Values as AmxVisit reads them; zeros behind the last key up to padded_inner. Returns whether all are finite.
 template <bool kIsBf16>
 HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::int64_t count, std::int64_t value_dim,
-                               std::uint16_t* out) {
+                               std::uint16_t* out, PrefetchQueue& ahead) {
   if constexpr (kIsBf16) dtype = DType::kBFloat16;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -75,6 +76,7 @@ HWY_ATTR bool pack_value_tiles(const std::byte* const* rows, DType dtype, std::i
     }
     for (std::int64_t t = 0; t < 16; ++t) {
       const std::int64_t j = first + t;
+      ahead.ask(row_bytes / 128);
       std::uint16_t* to = out + s * kTileElements + t * 32;
       for (std::int64_t e = 0; e < value_dim; e += 32, to += 2 * steps * kTileElements) {
         const __mmask32 mask = first_of_32(value_dim - e);
@@ -160,9 +162,9 @@ class AmxChunkAttention : public ChunkState {
     const bool lies_together = has_whole_tiles || fill_few_tiles(n);
     // Before the block is prepared, so that what is stored has arrived by the time it is read.
     if (!lies_together) stage(0, rows, staged_[0]);
+    list_ahead(next.block);
     load_keys();
     const bool finite = load_values(n);
-    list_ahead(next.block);
     if (!finite && visible_keys(members_[0]) < block_keys_) {
       add_block_one_by_one(n);
     } else if (has_whole_tiles || (lies_together && finite)) {
@@ -217,7 +219,7 @@ class AmxChunkAttention : public ChunkState {
     key_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = key_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_key_tiles<true> : pack_key_tiles<false>;
-    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_);
+    pack(rows_, dtype, block_keys_, input_.shape.head_dim, keys_, ahead_);
   }
   // Returns whether all values are finite.
   HWY_ATTR bool load_values(std::int64_t n) {
@@ -225,7 +227,7 @@ class AmxChunkAttention : public ChunkState {
     value_rows_.list(sequence_.index, block_begin_, kv_head_, block_keys_, rows_);
     const DType dtype = value_rows_.dtype();
     const auto pack = dtype == DType::kBFloat16 ? pack_value_tiles<true> : pack_value_tiles<false>;
-    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_);
+    return pack(rows_, dtype, block_keys_, input_.shape.value_dim, values_, ahead_);
   }
   AmxRows tile_of_chunk(std::int64_t tile) const {
     return {queries_ + tile * head_steps_ * kTileElements, sums_ + tile * value_tiles_ * kTileSums,

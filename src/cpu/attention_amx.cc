@@ -255,10 +255,10 @@ MSA_AMX_INLINE bool add_totals(const float* visit_totals, const AmxRows& rows) {
   return true;
 }
 
-// Units of a visit's work, about as long as each other: four to a tile of scores with its probabilities, two to a tile
-// of weighted sums, which has half as much to do where head and value dimensions are equal.
+// Units of a visit's work: as many to a tile of scores with its probabilities as to a tile of weighted sums, which has
+// less to do, but waits for sums from far away.
 constexpr std::int64_t kScoreUnits = 4;
-constexpr std::int64_t kValueUnits = 2;
+constexpr std::int64_t kValueUnits = 4;
 
 // The lines that a visit asks for ahead, spread over its units: what is asked for at once waits for the 16 requests
 // that a core can have on their way, and all else with it.

@@ -363,13 +363,13 @@ class ScreenedChunk {
   static constexpr std::int64_t kManyNotes = 16;  // of a window and row, where new blocks are no better than the others
   // Neighbouring blocks that share a bucket. Seldom are two of the best neighbours.
   static constexpr std::int64_t kBucketBlocks = 2;
-  static_assert(kWindowBlocks == 64 && kWindowBlocks % kBucketBlocks == 0);
+  static_assert(kWindowBlocks == 64 && bound_buckets(1) % (kWindowBlocks / kBucketBlocks) == 0);
   static constexpr std::int32_t kFewCandidates = 64;
 
   bool is_screened(std::int64_t r) const { return end_[r] > 0; }
   void give_up(std::int64_t r) {
     end_[r] = 0;
-    floor_[r] = kInfinity;  // no block gets past the first comparison
+    floor_[r] = kInfinity;  // no block that can be bounded gets past the first comparison
   }
   Candidate* list(std::int64_t r) { return candidates_ + r * capacity_; }
 
@@ -705,28 +705,12 @@ class ScreenedChunk {
   }
 
   void append(std::int64_t r, const Candidate& candidate) {
-    if (counts_[r] == capacity_ - 1) {  // the last place is for a block that the row sees in part
+    if (candidate.block >= end_[r]) return;  // its -infinity reaches a threshold of -infinity; or r was given up
+    if (counts_[r] == capacity_ - 1) {       // the last place is for a block that the row sees in part
       raise_floor(r);
       if (counts_[r] > candidate_limit(topk_)) give_up(r);
     }
     if (is_screened(r)) list(r)[counts_[r]++] = candidate;
-  }
-
-  /// Takes a lower bound each of the rows from r on into their highest ones, which are kept in order, a vector of rows
-  /// side by side: each is then what it was, the new one, or the one before it.
-  HWY_ATTR void raise_floors(std::int64_t r, FloatVec lower) {
-    const FloatTag df;
-    const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
-    float* bounds = lower_ + r * slots_;
-    auto before = hn::Set(df, kInfinity);
-    auto least = before;
-    for (std::int64_t i = 0; i < slots_; ++i) {
-      const auto here = hn::LoadU(df, bounds + i * lanes);
-      least = hn::Max(here, hn::Min(before, lower));
-      hn::StoreU(least, df, bounds + i * lanes);
-      before = here;
-    }
-    hn::StoreU(hn::Max(least, hn::LoadU(df, floor_ + r)), df, floor_ + r);  // the floor of no row is infinity
   }
 
   /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds
@@ -764,12 +748,11 @@ class ScreenedChunk {
     counts_[r] = kept;
   }
 
-  /// The nth highest of f(candidate), n from 1 (0: infinity); -infinity when there are fewer.
+  /// The nth highest of f(candidate), n from 1; -infinity when there are fewer.
   template <class F>
   HWY_ATTR float nth_highest(std::int64_t r, std::int64_t n, const F& f) {
     alignas(64) float values[candidate_capacity(kMaxTopk) + hn::MaxLanes(FloatTag())];
     const std::int32_t count = counts_[r];
-    if (n < 1) return kInfinity;
     if (n > count) return -kInfinity;
     for (std::int32_t i = 0; i < count; ++i) values[i] = f(list(r)[i]);
     if (count <= kFewCandidates) return nth_of_few(values, count, n);
@@ -800,12 +783,13 @@ class ScreenedChunk {
   /// Raises the threshold to what the row's candidates say, and drops those that do not reach it.
   void raise_floor(std::int64_t r) {
     if (counts_[r] <= slots_) return;
-    floor_[r] = nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); });
+    // What is noted, but not listed, may have raised it further.
+    floor_[r] = std::max(floor_[r], nth_highest(r, slots_, [](const Candidate& c) { return c.lower(); }));
     drop(r);
   }
 
   void add_visit(std::int64_t& count, std::int64_t r, std::int64_t i) {
-    // Room for rows and candidates: 512 / kv_heads queries at most, and fewer than 2^12 candidates.
+    // Room for rows and candidates: some 512 rows, and fewer than 2^12 candidates.
     static_assert(candidate_capacity(kMaxTopk) < 1 << 12);
     visits_[count++] = static_cast<std::uint64_t>(list(r)[i].block) << 32 | static_cast<std::uint64_t>(r) << 12 |
                        static_cast<std::uint64_t>(i);

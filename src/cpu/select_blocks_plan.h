@@ -20,7 +20,6 @@ inline constexpr std::int64_t kSpanKeys = 2048;
 /// Rows of a strip, side by side in lanes: two vectors of AVX-512.
 inline constexpr std::int64_t kStripRows = 32;
 /// Blocks whose products are looked at together: a vector of rows finds its bounds in the L1 cache for all of them.
-/// Lists of candidates are that much longer than what a pruning leaves.
 inline constexpr std::int64_t kWindowBlocks = 64;
 
 /// Blocks that may be screened in one go.
@@ -66,7 +65,8 @@ constexpr std::int64_t bound_buckets(std::int64_t topk) { return (4 * topk + 63)
 /// three times topk of a row at its end and up to nine times on the way: a limit that one row in a hundred passes costs
 /// as much as those rows of sixteen do unscreened (docs/select-blocks.md).
 constexpr std::int64_t candidate_limit(std::int64_t topk) { return 12 * topk + 64; }
-/// Room of a row's list: what a pruning leaves, the blocks until the next one, and a partial block at the end.
+/// Room of a row's list: what a pruning leaves, some more, so that it is not pruned for every one, and a partial block at
+/// the end.
 constexpr std::int64_t candidate_capacity(std::int64_t topk) { return candidate_limit(topk) + kWindowBlocks + 1; }
 
 struct SelectionPlan : ChunkPlan {

@@ -293,7 +293,8 @@ TEST_P(ScreenedSelection, InPlaceEqualsTheUnscreenedOne) {
 }
 
 TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
-  // Long enough for several windows, for lists that overflow, and for rows that are given up on the way.
+  // Long enough for several windows, for lists that overflow (of 4 and 16 slots), and for rows that are given up on the
+  // way.
   enum class Course {
     kEven,
     kSwamped,    // the second half of the keys gives up all rows
@@ -322,6 +323,28 @@ TEST(Screening, OfManyBlocksAndRowsEqualsTheUnscreenedOne) {
         for (std::int64_t d = 0; d < dim; ++d) problem.q_idx.set(0, i, i % 3, d);
       }
       expect_screening_changes_nothing(problem.select_params());
+    }
+  }
+}
+
+// Rows whose blocks have no number among their scores, or -infinity at best: nothing may compete with them that the row
+// does not see, nor twice.
+TEST(Screening, OfBlocksWithoutNumbersEqualsTheUnscreenedOne) {
+  for (const double value : {kNaN, -kInfinity}) {
+    for (const std::int64_t local_blocks : {0, 1, 2}) {
+      for (const std::int64_t dim : {32, 64}) {
+        SCOPED_TRACE(std::to_string(value) + ", " + std::to_string(local_blocks) + " local blocks");
+        Problem problem(Case{{3, 3, 16, 16, dim, 16, 3}, {{128, 128}}});
+        Random random(5);
+        fill(problem, Kind::kNormal, random);
+        for (std::int64_t t = 0; t < 128; ++t) {
+          for (std::int64_t g = 0; g < 3; ++g) problem.q_idx.set(1 + std::abs(problem.q_idx.at(t, g, 0)), t, g, 0);
+        }
+        for (std::int64_t j = 0; j < 48; ++j) problem.k_idx.set(value, j, 0);
+        SelectBlocksParams params = problem.select_params();
+        params.local_blocks = local_blocks;
+        expect_screening_changes_nothing(params);
+      }
     }
   }
 }
@@ -471,7 +494,8 @@ TEST(Bf16Max, IsTheLargestDotProduct) {
   std::normal_distribution<float> normal;
   for (const std::int64_t key_count : {16, 32, 48, 64, 128, 256}) {
     for (const std::int64_t dim : {32, 64, 96, 128, 160, 256}) {
-      for (const auto& [groups, count] : {std::pair(1, 1), std::pair(2, 3), std::pair(3, 2), std::pair(8, 1)}) {
+      for (const auto& [groups, count] :
+           {std::pair(1, 1), std::pair(2, 3), std::pair(2, 1), std::pair(3, 2), std::pair(8, 1)}) {
         const std::int64_t stride = dim + (key_count == 48 ? 32 : 0);
         core::Buffer<std::uint16_t> keys(static_cast<std::size_t>(count * key_count * stride));
         core::Buffer<std::uint16_t> rows(static_cast<std::size_t>(groups * 16 * dim));
