@@ -479,10 +479,10 @@ class ScreenedChunk {
         noted += note_candidates(b, count, r);
       }
       if (2 * noted > count * padded_rows_) list_notes();  // for rows whose bounds tell too little to be found soon
-      prune(seen);
+      prune(seen, false);
     }
     list_notes();
-    prune(last - begin);
+    prune(last - begin, true);
   }
 
   /// largest_ and window_bounds_ of the blocks [first, first + count), the rows in groups [group, groups) of 16. The
@@ -714,9 +714,11 @@ class ScreenedChunk {
   }
 
   /// Drops the candidates whose upper bound the threshold has passed, and the rows that keep too many: their bounds
-  /// tell too little. `seen` blocks have been screened.
-  HWY_ATTR void prune(std::int64_t seen) {
-    const std::int64_t most = std::min(candidate_limit(topk_), std::max(3 * seen / 4, 6 * slots_));
+  /// tell too little. `seen` blocks have been screened, `is_last`: all. Exact scores of more than half of them, row by
+  /// row, would then take longer than those of all, strip by strip.
+  HWY_ATTR void prune(std::int64_t seen, bool is_last) {
+    const std::int64_t share = is_last ? std::max(seen / 2, 4 * slots_) : std::max(3 * seen / 4, 6 * slots_);
+    const std::int64_t most = std::min(candidate_limit(topk_), share);
     std::int64_t screened = 0;
     std::int64_t lost = 0;
     for (std::int64_t r = 0; r < selection_.rows(); ++r) {
