@@ -37,19 +37,14 @@ constexpr float kLog2E = 1.44269504f;
 // 1 after its rounding to bf16. Larger ones are subtracted from a score rounded as they were, which then gives
 // exactly 1.
 constexpr float kFusedLargest = 128;
-// A row's reference is 0 where the largest of its first scores is near enough, else that score, until one exceeds it by
-// this many powers of two: rare enough that what was summed is hardly ever scaled, and few enough for values: below
-// 2^(112 - log2 n) the sums of n keys do not overflow.
-constexpr float kOctaves = 16;
-// The largest first score may lie this many powers of two below a reference of 0: few enough for the products with
-// values above 2^-108 not to be flushed to 0.
-constexpr float kOctavesBelow = 18;
-// Whether a row keeps its reference, or may take 0, is a matter of its largest score; what stands below is judged
-// without it, from a visit's sum of up to 256 probabilities, and has to imply the same. An octave is left for what the
-// roundings of the two differ. Below this, no score exceeded its reference by kOctaves:
-constexpr float kCertainlyBelow = 1 << 15;
-// And from here on, one score at least was not kOctavesBelow below the reference: 2^-9 of 256 keys is 2^-17 of one.
-constexpr float kCertainlyNear = 1.0f / (1 << 9);
+// A row's reference is the largest of its first scores, so that a key alone has probability 1 to the last bit, until
+// one exceeds it by this many powers of two: rare enough that what was summed is hardly ever scaled, and few enough for
+// values: below 2^(118 - log2 n) the sums of n keys do not overflow.
+constexpr float kOctaves = 10;
+// Whether a row keeps its reference is a matter of its largest score. Below this, a visit's sum of up to 256
+// probabilities says that none exceeded the reference by kOctaves: an octave is left for what the roundings of the two
+// differ, and it is more than what equal scores give.
+constexpr float kCertainlyBelow = 1 << 9;
 
 // ---- products ----
 
@@ -214,7 +209,7 @@ MSA_AMX_INLINE __mmask16 is_fused(__m512 largest) {
 struct ScorePair {
   const float* first;
   const float* second;
-  const float* shifts;  // of the rows: reference * log2(e), 0 of new rows
+  const float* shifts;  // of the rows: reference * log2(e)
   float* totals;        // [16][16], a row's sums lane by lane
   std::uint16_t* out;   // null: no pair
 };
@@ -236,22 +231,11 @@ MSA_AMX_INLINE void clear_rows(float* rows) {
   for (int r = 0; r < 16; ++r) _mm512_store_ps(rows + 16 * r, _mm512_setzero_ps());
 }
 
-// Rows that have no reference yet.
-MSA_AMX_INLINE __mmask16 are_new(__m512 largest) {
-  return _mm512_cmp_ps_mask(largest, _mm512_set1_ps(kNegativeInfinity), _CMP_EQ_OQ);
-}
-
-// Adds a visit's sums to the totals, those of new rows relative to 0, unless one is NaN or its row may need another
-// reference.
-MSA_AMX_INLINE bool add_totals(const float* visit_totals, const AmxRows& rows) {
+// Adds a visit's sums to the totals, unless one is NaN or so large that its row may need a new reference.
+MSA_AMX_INLINE bool add_totals(const float* visit_totals, float* totals) {
   const __m512 sums = reduce_rows<Sum>(visit_totals);
-  const __m512 largest = _mm512_loadu_ps(rows.largest);
-  const __mmask16 is_new = are_new(largest);
-  const __mmask16 is_low = _mm512_cmp_ps_mask(sums, _mm512_set1_ps(kCertainlyBelow), _CMP_LT_OQ);
-  const __mmask16 is_near = _mm512_cmp_ps_mask(sums, _mm512_set1_ps(kCertainlyNear), _CMP_GE_OQ);
-  if ((is_low & (is_near | ~is_new) & 0xffff) != 0xffff) return false;
-  _mm512_storeu_ps(rows.totals, _mm512_add_ps(_mm512_loadu_ps(rows.totals), sums));
-  _mm512_storeu_ps(rows.largest, _mm512_mask_mov_ps(largest, is_new, _mm512_setzero_ps()));
+  if (_mm512_cmp_ps_mask(sums, _mm512_set1_ps(kCertainlyBelow), _CMP_LT_OQ) != 0xffff) return false;
+  _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), sums));
   return true;
 }
 
@@ -283,11 +267,10 @@ class AheadPace {
   std::int64_t credit_ = 0;
 };
 
-// First product and probabilities of tiles whose rows see all keys and whose references, where there are any, are at
-// most kFusedLargest. As long as no score
-// exceeds its row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so a pair of
-// score tiles becomes probabilities amid the products of the next pair, be it of the same rows or of the next ones.
-// `holds[i]`: whether that was so for tiles[i].
+// First product and probabilities of tiles whose rows see all keys and have references, at most kFusedLargest. As long
+// as no score exceeds its row's reference by too much and none is NaN, nothing but the scores at hand is looked at; so
+// a pair of score tiles becomes probabilities amid the products of the next pair, be it of the same rows or of the next
+// ones. `holds[i]`: whether that was so for tiles[i].
 template <int kSteps>
 MSA_AMX_TARGET void score_fused_rows(const AmxVisit& v, const int* tiles, int count, AheadPace& pace, bool* holds) {
   const __m512 scale = _mm512_set1_ps(v.scale * kLog2E);
@@ -304,9 +287,7 @@ MSA_AMX_TARGET void score_fused_rows(const AmxVisit& v, const int* tiles, int co
   zero_sums<1>();
   for (int i = 0; i < count; ++i) {
     const int mine = (i + 1) % 2;
-    const __m512 largest = _mm512_loadu_ps(v.rows[tiles[i]].largest);
-    const auto has_reference = static_cast<__mmask16>(~are_new(largest));
-    _mm512_store_ps(shifts[mine], _mm512_maskz_mul_ps(has_reference, largest, _mm512_set1_ps(kLog2E)));
+    _mm512_store_ps(shifts[mine], _mm512_mul_ps(_mm512_loadu_ps(v.rows[tiles[i]].largest), _mm512_set1_ps(kLog2E)));
     clear_rows(totals[mine]);
     const std::uint16_t* next = v.rows[tiles[std::min(i + 1, count - 1)]].queries;
     const std::uint16_t* keys = v.keys;
@@ -353,14 +334,14 @@ MSA_AMX_TARGET void score_fused_rows(const AmxVisit& v, const int* tiles, int co
       const std::int64_t lines = kSteps * 16;
       for (std::int64_t l = t * lines / pairs; l < (t + 1) * lines / pairs; ++l)
         _mm_prefetch(next + 32 * l, _MM_HINT_T0);
-      if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]]);  // the rows before
+      if (t == 0 && i > 0) holds[i - 1] = add_totals(totals[1 - mine], v.rows[tiles[i - 1]].totals);  // the rows before
       pair = {now, now + kTileSums, shifts[mine], totals[mine], out_of(i, t)};
       std::swap(ring[0], ring[1]);
     }
   }
   store_sums<1>(ring[1] + kTileSums);
   fused_probabilities<0, 16>(pair, scale);
-  holds[count - 1] = add_totals(pair.totals, v.rows[tiles[count - 1]]);
+  holds[count - 1] = add_totals(pair.totals, v.rows[tiles[count - 1]].totals);
 }
 
 // ---- any tile of rows ----
@@ -399,20 +380,16 @@ MSA_AMX_INLINE __m512 largest_scores(const float* scores, std::int64_t key_tiles
   return reduce_rows<Larger>(lanes);
 }
 
-// References of rows that have none yet: 0 or the largest score; of those with a score that exceeds theirs by kOctaves:
-// the largest score. What was summed relative to the old one is scaled.
+// References of rows that have none yet, or a score that exceeds theirs by kOctaves: the largest score. What was summed
+// relative to the old one is scaled.
 MSA_AMX_INLINE __m512 raise_references(const AmxVisit& v, const AmxRows& rows, const float* scores) {
   const __m512 none = _mm512_set1_ps(kNegativeInfinity);
   const __m512 found = _mm512_mul_ps(largest_scores(scores, v.key_tiles, rows.visible), _mm512_set1_ps(v.scale));
   const __m512 before = _mm512_loadu_ps(rows.largest);
-  const __mmask16 is_new = are_new(before);
-  const __mmask16 is_near =
-      _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(found, _mm512_set1_ps(-kOctavesBelow / kLog2E), _CMP_GE_OQ), found,
-                              _mm512_set1_ps(kOctaves / kLog2E), _CMP_LE_OQ);
-  const __m512 first = _mm512_mask_mov_ps(found, is_near, _mm512_setzero_ps());
+  const __mmask16 is_new = _mm512_cmp_ps_mask(before, none, _CMP_EQ_OQ);
   const __m512 limit = _mm512_add_ps(before, _mm512_set1_ps(kOctaves / kLog2E));
   const auto exceeds = static_cast<__mmask16>(_mm512_cmp_ps_mask(found, limit, _CMP_GT_OQ) & ~is_new);
-  const __m512 after = _mm512_mask_mov_ps(_mm512_mask_mov_ps(before, is_new, first), exceeds, found);
+  const __m512 after = _mm512_mask_mov_ps(before, static_cast<__mmask16>(is_new | exceeds), found);
   _mm512_storeu_ps(rows.largest, after);
   if (exceeds != 0) {
     alignas(64) float factors[16];
@@ -524,9 +501,8 @@ MSA_AMX_TARGET void score_and_weigh(const AmxVisit& v, AheadPace& pace) {
   int fused_count = 0;
   for (int t = 0; t < v.row_tiles; ++t) {
     const AmxRows& rows = v.rows[t];
-    const __m512 largest = _mm512_loadu_ps(rows.largest);
     const bool can_fuse = kSteps != 0 && rows.visible == nullptr && v.key_tiles % 2 == 0 &&
-                          (is_fused(largest) | are_new(largest)) == 0xffff;
+                          is_fused(_mm512_loadu_ps(rows.largest)) == 0xffff;
     if (can_fuse) {
       fused[fused_count++] = t;
     } else {

@@ -18,7 +18,7 @@ inline constexpr std::int64_t kTileSums = 256;      ///< float elements of a til
 struct AmxRows {
   const std::uint16_t* queries;  ///< [head_steps] tiles: element d of row r at [d / 32][r][d % 32]
   float* sums;                   ///< [value_tiles] tiles: element e of row r at [e / 16][r][e % 16]
-  float* largest;  ///< [16], in and out: what exponents are relative to, a score * scale or 0; -inf at first
+  float* largest;  ///< [16], in and out: what exponents are relative to, a large score * scale; -inf at first
   float* totals;   ///< [16], in and out: running sums of e^(score * scale - largest)
   const std::int32_t* visible;  ///< [16] keys that each row sees; null: every row all of them, a multiple of 32
 };

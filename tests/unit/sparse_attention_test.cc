@@ -375,10 +375,10 @@ TEST(SparseAttentionReference, GradientEqualsFiniteDifferences) {
   expect_gradient_of(loss, problem.v, grads.dv, "v");
 }
 
-// A key alone has probability 1 however large its score: what is subtracted must be rounded as the score was.
-TEST(SparseAttentionRules, AHugeScoreAloneIsCertain) {
+// A key alone has probability 1 however large its score: it must be the reference, and be rounded as the score was.
+TEST(SparseAttentionRules, AKeyAloneIsCertain) {
   for (const DType dtype : kFloatTypes) {
-    for (const double size : {152.0, 608.0, 24576.0}) {
+    for (const double size : {0.25, 0.6875, 0.8125, 152.0, 608.0, 24576.0}) {
       Problem problem(Case{{4, 2, 128, 64, 16, 16, 1}, {{1, 1}, {1, 1}}, dtype});
       problem.q.fill(size);
       problem.k.fill(size);
